@@ -1,0 +1,149 @@
+// The LoRA matmul: contract, and the operators for any device.
+//
+//   forward    h  = x A^T                       x [N, n], A [r, n]          -> h [N, r]
+//              y  = x W^T + b + s h B^T         W [m, n], b [m], B [m, r]   -> y [N, m]
+//   backward   u  = dy B                        dy [N, m]                   -> u [N, r]
+//              dx = dy W + s u A,   dA = s u^T x,   dB = s dy^T h           (W and b are frozen)
+//
+// N: all leading dimensions of x taken together. x, W, b, A, B and the results have one dtype; h and u, and all sums
+// of the low-rank part, have its accumulator dtype (float, for double tensors double). The two dense products are
+// ATen's. The low-rank part is three memory-bound kernels, each of which reads its large operand once:
+//   dot(x, N, K, P, layout, r, out)               out[i, q]  = sum_c x[i, c] P[q, c]
+//   rank_update(y, N, M, h, r, P, layout, s)      y[i, c]   += s sum_q h[i, q] P[q, c]
+//   outer(g, N, M, h, r, s, out, layout)          out[q, c]  = s sum_i h[i, q] g[i, c]
+// P [r, C] is A as it is stored (layout kRankMajor) or B transposed (B is stored [C, r], layout kRankMinor).
+// Every output element is summed by one owner in a fixed order: results do not depend on threads or scheduling.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+
+namespace unilora {
+
+enum class FactorLayout { kRankMajor, kRankMinor };  // A: [r, C], B: [C, r]
+
+inline Tensor call_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+struct LoraLinearSizes {
+  int64_t N, n, m, r;
+  std::vector<int64_t> leading;  // x.shape[:-1]
+};
+
+inline LoraLinearSizes check_lora_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& A,
+                                         const Tensor& B) {
+  check_floating(op, "x", x.scalar_type());
+  check_shape(op, "weight", weight, {-1, -1});
+  check_shape(op, "A", A, {-1, weight.size(1)});
+  check_shape(op, "B", B, {weight.size(0), A.size(0)});
+  if (A.size(0) < 1) fail(op, "A: expected rank r >= 1, got shape ", shape_of(A));
+  if (x.dim() < 1 || x.size(x.dim() - 1) != weight.size(1))
+    fail(op, "x: expected shape [..., ", weight.size(1), "], got ", shape_of(x));
+  check_dtype(op, "weight", weight, x.scalar_type());
+  check_dtype(op, "A", A, x.scalar_type());
+  check_dtype(op, "B", B, x.scalar_type());
+  check_same_device(op, "weight", weight, "x", x);
+  check_same_device(op, "A", A, "x", x);
+  check_same_device(op, "B", B, "x", x);
+
+  LoraLinearSizes sizes{1, weight.size(1), weight.size(0), A.size(0), {}};
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    sizes.N *= x.size(i);
+    sizes.leading.push_back(x.size(i));
+  }
+  return sizes;
+}
+
+inline Tensor with_leading(const Tensor& t, std::vector<int64_t> leading, int64_t last) {
+  leading.push_back(last);
+  return torch::stable::view(t, leading);
+}
+
+inline Tensor rows_of(const Tensor& t, int64_t N, int64_t last) {
+  return torch::stable::view(torch::stable::contiguous(t), {N, last});
+}
+
+template <typename Kernels>
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                       const Tensor& A, const Tensor& B, double scaling) {
+  constexpr auto op = "lora_linear";
+  const LoraLinearSizes s = check_lora_linear(op, x, weight, A, B);
+  if (bias.has_value()) {
+    check_shape(op, "bias", *bias, {s.m});
+    check_dtype(op, "bias", *bias, x.scalar_type());
+    check_same_device(op, "bias", *bias, "x", x);
+  }
+  const Tensor rows = rows_of(x, s.N, s.n);
+  const Tensor a = torch::stable::contiguous(A), b = torch::stable::contiguous(B);
+  const Tensor y = call_linear(rows, weight, bias);
+  const Tensor h = torch::stable::new_empty(rows, {s.N, s.r}, accumulator_dtype(x.scalar_type()));
+  Kernels kernels(rows);
+  dispatch_floating(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulator<T>;
+    kernels.dot(const_data<T>(rows), s.N, s.n, const_data<T>(a), FactorLayout::kRankMajor, s.r, data<Acc>(h));
+    kernels.rank_update(data<T>(y), s.N, s.m, const_data<Acc>(h), s.r, const_data<T>(b), FactorLayout::kRankMinor,
+                        scaling);
+  });
+  return {with_leading(y, s.leading, s.m), with_leading(h, s.leading, s.r)};
+}
+
+template <typename Kernels>
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, const Tensor& x, const Tensor& h,
+                                                        const Tensor& weight, const Tensor& A, const Tensor& B,
+                                                        double scaling, bool need_grad_x, bool need_grad_A,
+                                                        bool need_grad_B) {
+  constexpr auto op = "lora_linear_backward";
+  const LoraLinearSizes s = check_lora_linear(op, x, weight, A, B);
+  const ScalarType acc_dtype = accumulator_dtype(x.scalar_type());
+  check_dtype(op, "grad_y", grad_y, x.scalar_type());
+  check_dtype(op, "h", h, acc_dtype);
+  check_same_device(op, "grad_y", grad_y, "x", x);
+  check_same_device(op, "h", h, "x", x);
+  if (grad_y.dim() != x.dim() || grad_y.size(grad_y.dim() - 1) != s.m || grad_y.numel() != s.N * s.m)
+    fail(op, "grad_y: expected the leading shape of x and ", s.m, " columns, got ", shape_of(grad_y));
+  if (h.numel() != s.N * s.r) fail(op, "h: expected ", s.N * s.r, " elements, got shape ", shape_of(h));
+
+  const Tensor dy = rows_of(grad_y, s.N, s.m);
+  const Tensor a = torch::stable::contiguous(A), b = torch::stable::contiguous(B);
+  const Tensor none = torch::stable::new_empty(dy, {0});
+  Tensor grad_x = none, grad_A = none, grad_B = none;
+  if (need_grad_x) grad_x = torch::stable::matmul(dy, weight);
+  if (need_grad_A) grad_A = torch::stable::new_empty(a, {s.r, s.n});
+  if (need_grad_B) grad_B = torch::stable::new_empty(b, {s.m, s.r});
+  Kernels kernels(dy);
+  dispatch_floating(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulator<T>;
+    if (need_grad_B) {
+      const Tensor hidden = torch::stable::contiguous(h);
+      kernels.outer(const_data<T>(dy), s.N, s.m, const_data<Acc>(hidden), s.r, scaling, data<T>(grad_B),
+                    FactorLayout::kRankMinor);
+    }
+    if (!need_grad_x && !need_grad_A) return;
+    const Tensor u = torch::stable::new_empty(dy, {s.N, s.r}, acc_dtype);
+    kernels.dot(const_data<T>(dy), s.N, s.m, const_data<T>(b), FactorLayout::kRankMinor, s.r, data<Acc>(u));
+    if (need_grad_x)
+      kernels.rank_update(data<T>(grad_x), s.N, s.n, const_data<Acc>(u), s.r, const_data<T>(a),
+                          FactorLayout::kRankMajor, scaling);
+    if (need_grad_A) {
+      const Tensor rows = rows_of(x, s.N, s.n);
+      kernels.outer(const_data<T>(rows), s.N, s.n, const_data<Acc>(u), s.r, scaling, data<T>(grad_A),
+                    FactorLayout::kRankMajor);
+    }
+  });
+  if (need_grad_x) grad_x = with_leading(grad_x, s.leading, s.n);
+  return {grad_x, grad_A, grad_B};
+}
+
+}  // namespace unilora
+
+#define UNILORA_IMPL_LORA_LINEAR(m, Kernels)                           \
+  m.impl("lora_linear", TORCH_BOX(&unilora::lora_linear<Kernels>));    \
+  m.impl("lora_linear_backward", TORCH_BOX(&unilora::lora_linear_backward<Kernels>))

@@ -1,0 +1,25 @@
+// Schemas of all operators. CPU implementations are registered in _C, CUDA ones in _C_cuda, fake ones in ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(unilora, m) {
+  // Index generation (projection/projection.h): fills index[k] with the column of position start + k.
+  m.def("fill_uniform_index(Tensor(a!) index, int d, int seed, int start) -> ()");
+  m.def("fill_balanced_index(Tensor(a!) index, int D, int d, int seed, int start) -> ()");
+
+  // Members of each column in ascending position: column j owns order[offsets[j]:offsets[j + 1]]. CPU only.
+  m.def("segment_order(Tensor index, int d) -> (Tensor order, Tensor offsets)");
+
+  // theta_D[i] = theta_d[index[i]] * scale[index[i]], in `dtype`.
+  m.def("project(Tensor theta_d, Tensor scale, Tensor index, ScalarType dtype) -> Tensor");
+  // grad_theta_d[j] = scale[j] * sum of grad_theta_D over column j; sums and result in the dtype of scale.
+  m.def("project_transpose(Tensor grad_theta_D, Tensor scale, Tensor order, Tensor offsets) -> Tensor");
+
+  // y = x W^T + b + scaling h B^T, h = x A^T (kept for the backward).
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling) "
+      "-> (Tensor y, Tensor h)");
+  // A gradient that is not asked for comes back as an empty tensor of shape [0].
+  m.def(
+      "lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor A, Tensor B, float scaling, "
+      "bool need_grad_x, bool need_grad_A, bool need_grad_B) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
+}
