@@ -1,0 +1,207 @@
+// CUDA kernels of the projection (contract and index arithmetic: projection.h). No torch.
+// T: float, double, __half or __nv_bfloat16, the dtype of theta_D; Acc: float or double, that of theta_d.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "projection/projection.h"
+
+namespace unilora {
+
+constexpr int kProjectionBlock = 256;
+
+// ---- index generation
+// -------------------------------------------------------------------------------------------- index[k] =
+// column of position start + k. Integer arithmetic of projection.h, position by position: the same columns as
+// on the CPU. Writes 4 n bytes; bound by arithmetic.
+
+// A thread computes one Philox block and so the two positions of a pair; the first and the last pair may be
+// cut.
+static __global__ void __launch_bounds__(kProjectionBlock)
+    uniform_index_kernel(int32_t* __restrict__ index,  // [n]
+                         int64_t n, int64_t pairs, uint32_t d, uint64_t seed, uint64_t start) {
+  const uint64_t first_pair = start / 2;
+  const int64_t cut = static_cast<int64_t>(start % 2);  // positions of the first pair that lie before `start`
+  for (int64_t p = grid_begin(); p < pairs; p += grid_step()) {
+    const ColumnPair columns = uniform_columns(seed, first_pair + static_cast<uint64_t>(p), d);
+    const int64_t even = 2 * p - cut, odd = even + 1;
+    if (even >= 0) index[even] = static_cast<int32_t>(columns.even);
+    if (odd < n) index[odd] = static_cast<int32_t>(columns.odd);
+  }
+}
+
+inline void launch_uniform_index(int32_t* index,  // [n]
+                                 int64_t n, uint32_t d, uint64_t seed, uint64_t start, cudaStream_t stream) {
+  if (n == 0) return;
+  const int64_t pairs = ceil_div(static_cast<int64_t>(start % 2) + n, 2);
+  uniform_index_kernel<<<grid_size(pairs, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, pairs,
+                                                                                            d, seed, start);
+}
+
+static __global__ void __launch_bounds__(kProjectionBlock)
+    balanced_index_kernel(int32_t* __restrict__ index,  // [n]
+                          int64_t n, BalancedMap map, uint32_t start) {
+  for (int64_t k = grid_begin(); k < n; k += grid_step())
+    index[k] = static_cast<int32_t>(map.column(start + static_cast<uint32_t>(k)));
+}
+
+inline void launch_balanced_index(int32_t* index,  // [n]
+                                  int64_t n, const BalancedMap& map, uint32_t start, cudaStream_t stream) {
+  if (n == 0) return;
+  balanced_index_kernel<<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, map,
+                                                                                         start);
+}
+
+// ---- gather
+// ------------------------------------------------------------------------------------------------------
+// out[i] = theta_d[index[i]] * scale[index[i]]. The product depends on the column alone, so d products are
+// made first, in the dtype of the result, which also keeps the randomly read table small. Then one thread an
+// element: `index` and `out` stream (n (4 + sizeof T) bytes), the table is read at random, from L2 where it
+// fits (one sector an element). Each element has one writer and one product: the result is the CPU's, bit for
+// bit.
+
+template <typename T, typename Acc>
+__global__ void __launch_bounds__(kProjectionBlock)
+    scaled_theta_kernel(const Acc* __restrict__ theta_d,  // [d]
+                        const Acc* __restrict__ scale,    // [d]
+                        int64_t d,
+                        T* __restrict__ scaled) {  // [d]
+  for (int64_t j = grid_begin(); j < d; j += grid_step()) scaled[j] = narrow<T>(theta_d[j] * scale[j]);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kProjectionBlock)
+    gather_kernel(const T* __restrict__ scaled,  // [d]
+                  int64_t d,
+                  const int32_t* __restrict__ index,  // [n], in [0, d)
+                  int64_t n,
+                  T* __restrict__ out) {  // [n]
+  for (int64_t i = grid_begin(); i < n; i += grid_step()) {
+    const int32_t column = index[i];
+    UNILORA_DEVICE_CHECK(0 <= column && column < d);
+    out[i] = scaled[column];
+  }
+}
+
+template <typename T, typename Acc>
+void launch_gather(const Acc* theta_d,    // [d]
+                   const Acc* scale,      // [d]
+                   T* scaled,             // [d], scratch
+                   int64_t d,             //
+                   const int32_t* index,  // [n], in [0, d)
+                   T* out,                // [n]
+                   int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
+  scaled_theta_kernel<T, Acc>
+      <<<grid_size(d, kProjectionBlock), kProjectionBlock, 0, stream>>>(theta_d, scale, d, scaled);
+  gather_kernel<T><<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(scaled, d, index, n, out);
+}
+
+// ---- segment-sum
+// ------------------------------------------------------------------------------------------------- out[j] =
+// scale[j] * sum of grad[order[k]], k in [offsets[j], offsets[j + 1])
+//
+// Work: a group of `width` lanes owns a column. Lane l takes the members l, l + width, l + 2 width, ... (so
+// `order` is read in whole sectors), then the lanes are added by a fixed tree. A column with more than
+// kLongColumn members a lane is left to the whole block in the same way, so that one crowded column does not
+// hold up the rest. Bytes: order 4 n, offsets 4 d, scale and out 2 d sizeof(Acc), and one random sector of
+// `grad` an element. Determinism: width and block size follow from n and d, and who adds what in which order
+// from these and the length of the column; no atomics. A column without members gives 0.
+
+constexpr int64_t kLongColumn = 64;  // members a lane of a group takes at most
+constexpr int kMaxSegmentBlock = 1024;
+
+// What lane `lane` of `lanes` sums: members lane, lane + lanes, ... Four sums in turn keep four loads in
+// flight.
+template <typename Acc, typename T>
+__device__ __forceinline__ Acc sum_members(const T* __restrict__ grad, int64_t n,
+                                           const int32_t* __restrict__ members, int64_t size, int lane,
+                                           int lanes) {
+  Acc sum[4] = {0, 0, 0, 0};
+  for (int64_t k = lane; k < size; k += 4 * lanes) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t member = k + i * lanes;
+      if (member >= size) break;
+      const int32_t position = members[member];
+      UNILORA_DEVICE_CHECK(0 <= position && position < n);
+      sum[i] += widen<Acc>(grad[position]);
+    }
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// Sum over the block in a fixed order; thread 0 holds it. blockDim.x: a multiple of 32.
+template <typename Acc>
+__device__ Acc block_sum(Acc value) {
+  __shared__ Acc warp_sums[kMaxSegmentBlock / kWarp];
+  value = lane_sum(value, kWarp);
+  __syncthreads();  // an earlier call's sums have been read
+  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  if (threadIdx.x < kWarp)
+    value = lane_sum(threadIdx.x < blockDim.x / kWarp ? warp_sums[threadIdx.x] : Acc(0), kWarp);
+  return value;
+}
+
+template <typename T, typename Acc>
+__global__ void __launch_bounds__(kMaxSegmentBlock)
+    segment_sum_kernel(const T* __restrict__ grad,  // [n]
+                       int64_t n,
+                       const Acc* __restrict__ scale,  // [d]
+                       int64_t d,
+                       const int32_t* __restrict__ order,    // [n], in [0, n)
+                       const int32_t* __restrict__ offsets,  // [d + 1], ascending from 0 to n
+                       int width,                            // lanes of a group: 1, 2, 4, 8, 16 or 32
+                       Acc* __restrict__ out) {              // [d]
+  const int64_t columns = blockDim.x / width;                // that a block takes at a time
+  const int group = threadIdx.x / width, lane = threadIdx.x % width;
+  if (grid_begin() == 0) UNILORA_DEVICE_CHECK(offsets[0] == 0 && offsets[d] == n);
+
+  for (int64_t first = blockIdx.x * columns; first < d; first += gridDim.x * columns) {
+    const int64_t j = first + group;
+    int64_t begin = 0, size = 0;
+    if (j < d) {
+      begin = offsets[j];
+      size = offsets[j + 1] - begin;
+      UNILORA_DEVICE_CHECK(0 <= begin && 0 <= size && begin + size <= n);
+    }
+    const bool is_long = size > kLongColumn * width;
+    const Acc sum =
+        lane_sum(sum_members<Acc>(grad, n, order + begin, is_long ? 0 : size, lane, width), width);
+    if (lane == 0 && j < d && !is_long) out[j] = scale[j] * sum;
+
+    if (!__syncthreads_or(is_long)) continue;
+    for (int64_t c = first; c < d && c < first + columns; ++c) {
+      const int64_t c_begin = offsets[c], c_size = offsets[c + 1] - c_begin;
+      if (c_size <= kLongColumn * width) continue;
+      const Acc total = block_sum(sum_members<Acc>(
+          grad, n, order + c_begin, c_size, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)));
+      if (threadIdx.x == 0) out[c] = scale[c] * total;
+    }
+  }
+}
+
+// Lanes for a column: about four members each on average.
+inline int segment_width(int64_t n, int64_t d) {
+  int width = 1;
+  while (width < kWarp && width * 4 * d < n) width *= 2;
+  return width;
+}
+
+template <typename T, typename Acc>
+void launch_segment_sum(const T* grad,           // [n]
+                        int64_t n,               //
+                        const Acc* scale,        // [d]
+                        int64_t d,               //
+                        const int32_t* order,    // [n], in [0, n)
+                        const int32_t* offsets,  // [d + 1], ascending from 0 to n
+                        Acc* out,                // [d]
+                        cudaStream_t stream) {
+  if (d == 0) return;
+  const int width = segment_width(n, d);
+  const int block = n / d > kLongColumn * kWarp ? kMaxSegmentBlock : kProjectionBlock;
+  segment_sum_kernel<T, Acc>
+      <<<grid_size(d, block / width), block, 0, stream>>>(grad, n, scale, d, order, offsets, width, out);
+}
+
+}  // namespace unilora

@@ -1,0 +1,368 @@
+"""Attaching one trainable vector to a model, and what can be done with it then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from unilora_ext.config import UniLoRAConfig, default_d
+from unilora_ext.errors import AttachError, UniLoRAError
+from unilora_ext.linear import LayerState, UniLoRALayer, initial_theta_d
+from unilora_ext.projections import Projection, make_projection
+from unilora_ext.shared_vector import SharedVector, Slot
+from unilora_ext.targets import Target, find_modules, find_targets, uses_fused_encoder_path
+
+__all__ = ["Adapter", "attach", "get_adapter"]
+
+logger = logging.getLogger("unilora_ext")
+
+CHILD = "unilora"
+"""Name under which a model holds its :class:`SharedVector`: ``state_dict`` has ``unilora.theta_d``."""
+
+
+@dataclass
+class Attachment:
+    """What attach() did to a model, to be undone by detach(). Names, not modules: it survives a deep copy."""
+
+    config: UniLoRAConfig
+    requires_grad: dict[str, bool]  # of every parameter, before
+    classes: dict[str, type[nn.Module]]  # of every adapted layer, before
+    saved_originals: dict[str, Tensor]  # parameters and buffers of modules_to_save, before
+    handles: list[RemovableHandle] = field(default_factory=list)
+    theta_d_trained: bool = True  # theta_d.requires_grad before merge()
+
+
+def plan(model: nn.Module, config: UniLoRAConfig) -> tuple[list[Target], UniLoRAConfig, Projection]:
+    """All that attach() will need, checked, with the model untouched.
+
+    Raises:
+        AttachError: the configuration does not fit the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach: model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, UniLoRAConfig):
+        raise AttachError(f"attach: config: expected a UniLoRAConfig, got {type(config).__name__}")
+    if isinstance(model, nn.Linear):
+        raise AttachError(
+            "attach: the model itself is a linear layer: use UniLoRALinear.from_linear(model, ...)"
+        )
+    if hasattr(model, CHILD):
+        raise AttachError(
+            f"attach: {type(model).__name__} has an adapter (or another attribute '{CHILD}') already"
+        )
+    targets = find_targets(model, config.target_modules, config.modules_to_save)
+    D = sum((t.m + t.n) * config.r for t in targets)
+    if config.d is None:
+        config = replace(config, d=default_d(D))
+        logger.warning("d was not given: taking d = %d for D = %d (D / d = %.1f)", config.d, D, D / config.d)
+    if config.d > D:
+        raise AttachError(
+            f"attach: d: expected at most D = {D}, the number of LoRA values of the {len(targets)} target modules at "
+            f"r = {config.r}; got {config.d}"
+        )
+    return targets, config, make_projection(config.projection, D, config.d, config.seed)
+
+
+def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:
+    """Adapts a model in place: the targets become :class:`UniLoRALinear`, everything else is frozen.
+
+    The target modules keep their identity, parameters, names and hooks: only their class changes, so the model's
+    ``state_dict`` gains one entry, ``unilora.theta_d``, and loses none.
+
+    Args:
+        model: any ``nn.Module``; on the meta device too.
+        config: see :class:`UniLoRAConfig`.
+
+    Returns:
+        The adapter. ``adapter.theta_d`` is the trainable vector; ``model.parameters()`` yields it once.
+
+    Raises:
+        AttachError: the configuration does not fit the model, which is then unchanged.
+    """
+    targets, config, projection = plan(model, config)
+    return _attach(
+        model,
+        config,
+        targets,
+        projection,
+        initial_theta_d(config.d, targets[0].module.weight, config.init_bound),
+    )
+
+
+def _attach(
+    model: nn.Module, config: UniLoRAConfig, targets: list[Target], projection: Projection, theta_d: Tensor
+) -> Adapter:
+    """The change itself; nothing in it can fail for a reason that plan() has not excluded."""
+    slots: list[Slot] = []
+    for target in targets:
+        slots.append(Slot(slots[-1].stop if slots else 0, target.m, target.n, config.r))
+    vector = SharedVector(theta_d, projection, slots)
+    attachment = Attachment(
+        config=config,
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        classes={t.name: type(t.module) for t in targets},
+        saved_originals={name: t.detach().clone() for name, t in saved_tensors(model, config).items()},
+    )
+    vector.attachment = attachment
+
+    modules = dict(model.named_modules())
+    model.requires_grad_(False)
+    for _, module in find_modules(model, config.modules_to_save, "modules_to_save"):
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    for slot_id, target in enumerate(targets):
+        target.module.__class__ = target.adapted_class
+        target.module._unilora = LayerState(vector, slot_id, config.scaling, config.dropout)
+        if uses_fused_encoder_path(target.name, modules):
+            attachment.handles.append(target.module.register_forward_hook(_be_called))
+    setattr(model, CHILD, vector)
+    attachment.handles.append(model.register_forward_pre_hook(vector.begin))
+    attachment.handles.append(model.register_forward_hook(vector.end, always_call=True))
+    return Adapter(model)
+
+
+def _be_called(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that does nothing: its presence keeps a fused parent from reading the weight instead."""
+
+
+def saved_tensors(model: nn.Module, config: UniLoRAConfig) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of modules_to_save, by their full names."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in find_modules(model, config.modules_to_save, "modules_to_save"):
+        for key, value in module.state_dict(prefix=name + ".", keep_vars=True).items():
+            tensors.setdefault(key, value)
+    return tensors
+
+
+def get_adapter(model: nn.Module) -> Adapter:
+    """The adapter of a model that has one (after a deep copy, say).
+
+    Raises:
+        AttachError: it has none.
+    """
+    if not isinstance(getattr(model, CHILD, None), SharedVector):
+        raise AttachError(f"get_adapter: {type(model).__name__} has no Uni-LoRA adapter")
+    return Adapter(model)
+
+
+class Adapter:
+    """A handle on the adapter of a model; all state is in the model.
+
+    Attributes:
+        model: the adapted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def vector(self) -> SharedVector:
+        """The model's shared vector.
+
+        Raises:
+            AttachError: the adapter was detached.
+        """
+        vector = getattr(self.model, CHILD, None)
+        if not isinstance(vector, SharedVector):
+            raise AttachError("this adapter was detached from its model")
+        return vector
+
+    @property
+    def _attachment(self) -> Attachment:
+        return self.vector.attachment
+
+    @property
+    def config(self) -> UniLoRAConfig:
+        """The configuration, with `d` filled in."""
+        return self._attachment.config
+
+    @property
+    def theta_d(self) -> nn.Parameter:
+        """[d]: the trainable vector."""
+        return self.vector.theta_d
+
+    @property
+    def projection(self) -> Projection:
+        """P [D, d]."""
+        return self.vector.projection
+
+    @property
+    def layers(self) -> dict[str, UniLoRALayer]:
+        """The adapted layers by name, in the order of theta_D."""
+        return {name: self.model.get_submodule(name) for name in self._attachment.classes}
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the weights."""
+        return any(layer.merged for layer in self.layers.values())
+
+    def modules_to_save(self) -> dict[str, Tensor]:
+        """Trained parameters and buffers of the modules that are trained whole, by their full names."""
+        return (
+            saved_tensors(self.model, self.config)
+            if self.vector.enabled
+            else self._attachment.saved_originals
+        )
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.projection}, r={self.config.r}, layers={len(self.vector.slots)}, merged={self.merged})"
+
+    # -- on and off ---------------------------------------------------------------------------------------------------
+
+    def disable(self) -> _Disabled:
+        """Switches the adapter off: the model computes what it did before attach(), original modules_to_save included.
+
+        Switches off at once; used as a context manager it switches on again at the end::
+
+            with adapter.disable():
+                base_logits = model(**batch).logits
+
+        Raises:
+            UniLoRAError: the adapter is merged.
+        """
+        if self.merged:
+            raise UniLoRAError("disable: the update is merged into the weights; call unmerge() first")
+        if self.vector.enabled:
+            self._swap_saved()
+            self.vector.enabled = False
+        return _Disabled(self)
+
+    def enable(self) -> None:
+        """Switches the adapter on again after :meth:`disable`."""
+        if not self.vector.enabled:
+            self._swap_saved()
+            self.vector.enabled = True
+
+    def _swap_saved(self) -> None:
+        """Exchanges the values of modules_to_save with those from before attach() (or back)."""
+        originals = self._attachment.saved_originals
+        for name, tensor in saved_tensors(self.model, self.config).items():
+            other = originals[name].to(device=tensor.device, dtype=tensor.dtype)
+            originals[name] = tensor.data
+            tensor.data = other
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    def merge(self) -> None:
+        """Folds the update into the weights: W + s B A, rounded once. theta_d is frozen until :meth:`unmerge`.
+
+        The weights as they were are kept, so that unmerge() is exact; ``detach(merge=True)`` drops them.
+
+        Raises:
+            UniLoRAError: merged or disabled already, a weight shared with another module, or a sum that is not
+                finite; nothing is then merged.
+        """
+        if self.merged:
+            raise UniLoRAError("merge: the adapter is merged already")
+        if not self.vector.enabled:
+            raise UniLoRAError("merge: the adapter is disabled; call enable() first")
+        self._check_weights_unshared()
+        done: list[UniLoRALayer] = []
+        try:
+            for name, layer in self.layers.items():
+                try:
+                    layer.merge()
+                except UniLoRAError as error:
+                    raise UniLoRAError(f"{error} (layer '{name}')") from None
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.unmerge()
+            raise
+        self._attachment.theta_d_trained = self.theta_d.requires_grad
+        self.theta_d.requires_grad_(False)
+
+    def _check_weights_unshared(self) -> None:
+        owners: dict[int, str] = {}
+        adapted = {id(layer.weight): name for name, layer in self.layers.items()}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            key = id(parameter)
+            if key in adapted and owners.setdefault(key, name) != name:
+                raise UniLoRAError(
+                    f"merge: the weight of '{adapted[key]}' is shared by '{owners[key]}' and '{name}': "
+                    "merging would change both"
+                )
+
+    def unmerge(self) -> None:
+        """Puts the weights back exactly as they were before :meth:`merge`.
+
+        Raises:
+            UniLoRAError: not merged.
+        """
+        if not self.merged:
+            raise UniLoRAError("unmerge: the adapter is not merged")
+        for layer in self.layers.values():
+            layer.unmerge()
+        self.theta_d.requires_grad_(self._attachment.theta_d_trained)
+
+    def detach(self, merge: bool = False) -> nn.Module:
+        """Takes the adapter off and returns the plain model.
+
+        Args:
+            merge: False: the model is exactly as before attach(), flags and modules_to_save included. True: the
+                weights keep the update and modules_to_save their trained values.
+        """
+        if merge:
+            self.enable()
+            if not self.merged:
+                self.merge()
+        else:
+            if self.merged:
+                self.unmerge()
+            self.disable()
+        vector, attachment = self.vector, self._attachment
+        for name, layer in self.layers.items():
+            del layer._unilora
+            layer.__class__ = attachment.classes[name]
+        for handle in attachment.handles:
+            handle.remove()
+        delattr(self.model, CHILD)
+        for name, parameter in self.model.named_parameters():
+            if name in attachment.requires_grad:
+                parameter.requires_grad_(attachment.requires_grad[name])
+        vector.theta_d.grad = None
+        return self.model
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
+        """Writes the adapter: d + 1 numbers, and modules_to_save if any. See :mod:`unilora_ext.checkpoint`.
+
+        Args:
+            folder: made if it is missing. An adapter in it is replaced in one step: whenever the process is killed,
+                the folder holds the old adapter or the new one, whole.
+            metadata: JSON values kept with the adapter, free for the application.
+        """
+        from unilora_ext.checkpoint import save
+
+        save(self, folder, metadata)
+
+    def export_lora(self, folder: str | Path) -> None:
+        """Writes the same update as a plain LoRA adapter in PEFT's format, exact. See :mod:`.integrations.peft`."""
+        from unilora_ext.integrations.peft import export_lora
+
+        export_lora(self, folder)
+
+
+class _Disabled:
+    """Returned by :meth:`Adapter.disable`: switches the adapter on again when its ``with`` block ends."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def __enter__(self) -> Adapter:
+        return self._adapter
+
+    def __exit__(self, *exc: object) -> None:
+        self._adapter.enable()
+
+
+def named_slots(adapter: Adapter) -> Iterator[tuple[str, Slot]]:
+    """(name, slot) of every adapted layer, in the order of theta_D."""
+    return zip(adapter.layers, adapter.vector.slots, strict=True)

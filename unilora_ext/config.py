@@ -1,0 +1,112 @@
+"""What a user chooses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unilora_ext.errors import UniLoRAError
+from unilora_ext.projections import projection_class
+
+__all__ = ["UniLoRAConfig", "default_d"]
+
+# D / d in the paper: 17.1 for RoBERTa-large, 19.1 for Llama2-7B.
+_RATIOS = (17, 19)
+
+
+def default_d(D: int) -> int:
+    """The roundest d (highest power of two as a divisor) with D / d between 17 and 19, the paper's ratios."""
+    low, high = -(-D // _RATIOS[1]), D // _RATIOS[0]
+    if low > high:  # D too small for an integer in between
+        return max(1, low)
+    step = 1 << high.bit_length()
+    while high // step * step < low:
+        step >>= 1
+    return high // step * step
+
+
+@dataclass(frozen=True)
+class UniLoRAConfig:
+    """Configuration of a Uni-LoRA adapter.
+
+    Attributes:
+        r: rank of every B_l A_l.
+        d: length of theta_d; None: the paper's ratio, see :func:`default_d`.
+        target_modules: which linear layers are adapted: a list of names or name endings (``["query", "value"]``), a
+            regular expression that must match the whole module name, or ``"all-linear"`` (every linear layer but the
+            output head).
+        projection: ``"uniform"`` (the paper's) or ``"balanced"``.
+        seed: of P, in [0, 2^63). theta_d itself starts from PyTorch's global generator.
+        alpha: the update is scaled by alpha / r; None: by 1, as in the paper's code.
+        dropout: probability with which an input of the LoRA path is zeroed in training.
+        init_bound: theta_d starts uniform in [-init_bound, init_bound]. 0 would never train: both factors and so all
+            gradients would be zero.
+        modules_to_save: modules (names or name endings) that are trained and saved whole, such as a new classifier.
+
+    Raises:
+        UniLoRAError: a value out of range; the message names it.
+    """
+
+    r: int = 4
+    d: int | None = None
+    target_modules: Sequence[str] | str = "all-linear"
+    projection: str = "uniform"
+    seed: int = 0
+    alpha: float | None = None
+    dropout: float = 0.0
+    init_bound: float = 0.02
+    modules_to_save: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _expect("r", _is_int(self.r) and self.r >= 1, "an integer >= 1", self.r)
+        _expect("d", self.d is None or (_is_int(self.d) and self.d >= 1), "an integer >= 1 or None", self.d)
+        _expect("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "an integer in [0, 2^63)", self.seed)
+        _expect("alpha", self.alpha is None or _is_number(self.alpha), "a number or None", self.alpha)
+        _expect(
+            "dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)", self.dropout
+        )
+        _expect(
+            "init_bound", _is_number(self.init_bound) and self.init_bound > 0, "a number > 0", self.init_bound
+        )
+        projection_class(self.projection)
+        if isinstance(self.target_modules, str):
+            _check_pattern(self.target_modules)
+        else:
+            object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
+            _expect("target_modules", self.target_modules, "at least one name", self.target_modules)
+        object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
+
+    @property
+    def scaling(self) -> float:
+        """s of y = W x + s B A x."""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _expect(name: str, good: object, expected: str, got: object) -> None:
+    if not good:
+        raise UniLoRAError(f"UniLoRAConfig: {name}: expected {expected}, got {got!r}")
+
+
+def _names(field: str, value: object) -> tuple[str, ...]:
+    good = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) and v for v in value)
+    _expect(field, good, "a list of module names", value)
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UniLoRAError(
+            f"UniLoRAConfig: target_modules: expected a list, 'all-linear' or a regular expression, "
+            f"got {pattern!r} ({error})"
+        ) from error

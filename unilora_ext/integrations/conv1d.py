@@ -1,0 +1,19 @@
+"""Transformers' Conv1D: a linear layer whose weight is stored [n, m] (GPT-2)."""
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from unilora_ext.linear import UniLoRALayer
+
+__all__ = ["UniLoRAConv1D"]
+
+
+class UniLoRAConv1D(UniLoRALayer, Conv1D):
+    """Conv1D with a Uni-LoRA update."""
+
+    def dense_weight(self) -> Tensor:
+        return self.weight.T
+
+    def __repr__(self) -> str:
+        n, m = self.weight.shape
+        return f"UniLoRAConv1D(in_features={n}, out_features={m}, r={self.r}, scaling={self.scaling:g})"

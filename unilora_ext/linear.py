@@ -1,0 +1,219 @@
+"""Linear layers with a Uni-LoRA update: y = x W^T + b + s (x A^T) B^T, A and B rebuilt from a shared vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unilora_ext import ops
+from unilora_ext.config import UniLoRAConfig, default_d
+from unilora_ext.errors import UniLoRAError
+from unilora_ext.projections import Projection, make_projection
+from unilora_ext.shared_vector import SharedVector, Slot
+
+__all__ = ["LayerState", "UniLoRALayer", "UniLoRALinear", "initial_theta_d"]
+
+
+@dataclass
+class LayerState:
+    """What a linear layer needs beside its own weight. Held outside the module tree: the vector is registered once.
+
+    Attributes:
+        vector: the shared vector.
+        slot_id: this layer's slot in it.
+        scaling: s.
+        dropout: probability with which an input of the LoRA path is zeroed in training.
+        original: while merged, the weight as it was.
+    """
+
+    vector: SharedVector
+    slot_id: int
+    scaling: float
+    dropout: float
+    original: Tensor | None = None
+
+    @property
+    def slot(self) -> Slot:
+        return self.vector.slots[self.slot_id]
+
+
+class UniLoRALayer(nn.Module):
+    """The update, as a mixin in front of a linear layer class whose ``weight`` and ``bias`` it leaves as they are."""
+
+    _unilora: LayerState
+    weight: Tensor
+    bias: Tensor | None
+
+    def dense_weight(self) -> Tensor:
+        """W as [m, n], whatever the layout of ``weight``."""
+        return self.weight
+
+    @property
+    def r(self) -> int:
+        """Rank of the update."""
+        return self._unilora.slot.r
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r."""
+        return self._unilora.scaling
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into ``weight``."""
+        return self._unilora.original is not None
+
+    def lora_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """A [r, n] and B [m, r], differentiable in theta_d, in `dtype` (default: that of ``weight``)."""
+        state = self._unilora
+        return state.vector.factors(state.slot_id, self.weight.device, dtype or self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self._unilora
+        if state.original is not None or not state.vector.enabled:
+            return super().forward(x)
+        A, B = self.lora_factors(ops.autocast_dtype(x.device, self.weight.dtype))
+        if self.training and state.dropout > 0:
+            hidden = F.linear(F.dropout(x, state.dropout), A)
+            return super().forward(x) + state.scaling * F.linear(hidden, B)
+        return ops.lora_linear(x, self.dense_weight(), self.bias, A, B, state.scaling)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """s B A [m, n], in float32 (float64 for a float64 weight)."""
+        dtype = ops.accumulator_dtype(self.weight.dtype)
+        A, B = self.lora_factors(dtype)
+        return (B @ A).mul_(self.scaling)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds the update into ``weight``, rounded once; the weight as it was is kept for :meth:`unmerge`.
+
+        Raises:
+            UniLoRAError: merged already, or the sum is not finite; the weight is then unchanged.
+        """
+        if self.merged:
+            raise UniLoRAError("merge: this layer is merged already; call unmerge() first")
+        delta = self.delta_weight()
+        if self.dense_weight() is not self.weight:
+            delta = delta.T
+        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
+            raise UniLoRAError("merge: weight + update is not finite in " + str(self.weight.dtype))
+        self._unilora.original = self.weight.data
+        self.weight.data = merged
+
+    def unmerge(self) -> None:
+        """Puts the weight back exactly as it was before :meth:`merge`.
+
+        Raises:
+            UniLoRAError: not merged.
+        """
+        original = self._unilora.original
+        if original is None:
+            raise UniLoRAError("unmerge: this layer is not merged")
+        self.weight.data = original.to(device=self.weight.device, dtype=self.weight.dtype)
+        self._unilora.original = None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
+
+
+class UniLoRALinear(UniLoRALayer, nn.Linear):
+    """A drop-in ``nn.Linear`` with a frozen weight and a Uni-LoRA update.
+
+    Made by :func:`unilora_ext.attach` it shares the model's vector. Made by hand it has a vector of its own:
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        r: rank.
+        d: length of theta_d; None: the paper's ratio D / d, D = (in_features + out_features) r.
+        projection: ``"uniform"`` or ``"balanced"``, or a :class:`~unilora_ext.projections.Projection` of D rows.
+        seed: of the projection.
+        alpha: s = alpha / r; None: s = 1.
+        dropout: on the LoRA path, in training.
+        init_bound: theta_d starts uniform in [-init_bound, init_bound].
+
+    Shape: x [..., in_features] -> y [..., out_features].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **lora: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._own_vector(**lora)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **lora: Any) -> UniLoRALinear:
+        """The same layer around the weight and bias of `linear`, which are shared and frozen, not copied.
+
+        Args:
+            linear: an ``nn.Linear``.
+            **lora: r, d, projection, seed, alpha, dropout, init_bound, as in the constructor.
+        """
+        if type(linear) is not nn.Linear:
+            raise UniLoRAError(f"from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._own_vector(**lora)
+        return layer.train(linear.training)
+
+    def _own_vector(
+        self,
+        *,
+        r: int = 4,
+        d: int | None = None,
+        projection: str | Projection = "uniform",
+        seed: int = 0,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        init_bound: float = 0.02,
+    ) -> None:
+        given = isinstance(projection, Projection)
+        config = UniLoRAConfig(
+            r=r, d=d, seed=seed, alpha=alpha, dropout=dropout, init_bound=init_bound,
+            projection="uniform" if given else projection,
+        )  # fmt: skip
+        slot = Slot(0, self.out_features, self.in_features, r)
+        if not given:
+            projection = make_projection(config.projection, slot.stop, d or default_d(slot.stop), seed)
+        if slot.stop != projection.D or (given and d not in (None, projection.d)):
+            raise UniLoRAError(
+                f"UniLoRALinear: projection: expected D = (in_features + out_features) r = {slot.stop} "
+                f"and d = {d or 'any'}, got {projection}"
+            )
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        theta_d = initial_theta_d(projection.d, self.weight, init_bound)
+        self.vector = SharedVector(theta_d, projection, [slot])
+        self._unilora = LayerState(self.vector, 0, config.scaling, config.dropout)
+
+    @property
+    def theta_d(self) -> nn.Parameter:
+        """[d]: the trainable vector (of the whole model, for a layer made by ``attach``)."""
+        return self._unilora.vector.theta_d
+
+    @property
+    def projection(self) -> Projection:
+        """P, of the same vector."""
+        return self._unilora.vector.projection
+
+
+def initial_theta_d(d: int, like: Tensor, bound: float) -> Tensor:
+    """theta_d uniform in [-bound, bound] from PyTorch's global CPU generator, on the device of `like` (the CPU for a
+    meta tensor): float32, float64 for a float64 `like`."""
+    theta_d = torch.empty(d, dtype=ops.accumulator_dtype(like.dtype), device="cpu").uniform_(-bound, bound)
+    return theta_d if like.is_meta else theta_d.to(like.device)

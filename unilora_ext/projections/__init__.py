@@ -1,0 +1,37 @@
+"""The projections theta_D = P theta_d, by the name that a configuration and an adapter file give them."""
+
+from unilora_ext.errors import UniLoRAError
+from unilora_ext.projections.balanced import BalancedProjection
+from unilora_ext.projections.base import Projection, RowBlock, SeededProjection
+from unilora_ext.projections.onehot import OneHotProjection
+from unilora_ext.projections.uniform import UniformProjection
+
+__all__ = [
+    "BalancedProjection",
+    "OneHotProjection",
+    "Projection",
+    "RowBlock",
+    "UniformProjection",
+    "make_projection",
+    "projection_class",
+]
+
+_BY_NAME: dict[str, type[SeededProjection]] = {
+    cls.name: cls for cls in (UniformProjection, BalancedProjection)
+}
+
+
+def projection_class(name: str) -> type[SeededProjection]:
+    """The class of a projection's name.
+
+    Raises:
+        UniLoRAError: no such projection.
+    """
+    if name not in _BY_NAME:
+        raise UniLoRAError(f"projection: expected one of {sorted(_BY_NAME)}, got {name!r}")
+    return _BY_NAME[name]
+
+
+def make_projection(name: str, D: int, d: int, seed: int) -> SeededProjection:
+    """P [D, d] by name and seed."""
+    return projection_class(name)(D, d, seed=seed)

@@ -1,0 +1,26 @@
+"""balanced: every column is used floor(D / d) or ceil(D / d) times."""
+
+import torch
+from torch import Tensor
+
+from unilora_ext.projections.base import SeededProjection
+
+
+class BalancedProjection(SeededProjection):
+    """A keyed random permutation of the rows, dealt to the columns in turn: every column has floor(D / d) or
+    ceil(D / d) members, so n_j is known in closed form.
+
+    The permutation is a Feistel network (Mitchell et al., arXiv 2106.06161, use one in the same way): a position's
+    column and a column's positions are both computed, with no stored list.
+    """
+
+    name = "balanced"
+    version = 1
+
+    def _fill(self, index: Tensor, start: int) -> None:
+        torch.ops.unilora.fill_balanced_index(index, self.D, self.d, self.seed, start)
+
+    @property
+    def counts(self) -> Tensor:
+        column = torch.arange(self.d, dtype=torch.int32)
+        return (column < self.D % self.d).int() + self.D // self.d

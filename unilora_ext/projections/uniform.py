@@ -1,0 +1,19 @@
+"""uniform: the paper's P, each row's column drawn independently."""
+
+import torch
+from torch import Tensor
+
+from unilora_ext.projections.base import SeededProjection
+
+
+class UniformProjection(SeededProjection):
+    """P of Uni-LoRA (arXiv 2506.00799, section 3.2): every row's column is drawn uniformly and independently.
+
+    Counter-based (Philox4x32-10): the same seed gives the same P on every device, thread count and platform.
+    """
+
+    name = "uniform"
+    version = 1
+
+    def _fill(self, index: Tensor, start: int) -> None:
+        torch.ops.unilora.fill_uniform_index(index, self.d, self.seed, start)

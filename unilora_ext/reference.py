@@ -1,0 +1,123 @@
+"""An oracle of every operator: short, slow, in NumPy and plain PyTorch, sharing no code with the native library.
+
+The index functions are also the specification of the adapter format's algorithms, `uniform` and `balanced`, version 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LOW = np.uint64(0xFFFFFFFF)
+_WORD = np.uint64(32)
+
+
+def philox4x32_10(key: tuple[int, int], counter: np.ndarray) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al., SC 2011).
+
+    Args:
+        key: two 32-bit words.
+        counter: uint64 [n, 4], 32-bit words.
+
+    Returns:
+        uint64 [n, 4], 32-bit words.
+    """
+    c = [counter[:, i].astype(np.uint64) for i in range(4)]
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(p1 >> _WORD) ^ c[1] ^ np.uint64(k0), p1 & _LOW, (p0 >> _WORD) ^ c[3] ^ np.uint64(k1), p0 & _LOW]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(c, axis=1)
+
+
+def _philox(seed: int, counter: np.ndarray, stream: int) -> np.ndarray:
+    counter = counter.astype(np.uint64)
+    high = np.full_like(counter, stream)
+    words = np.stack([counter & _LOW, counter >> _WORD, high & _LOW, high >> _WORD], axis=1)
+    return philox4x32_10((seed & 0xFFFFFFFF, seed >> 32), words)
+
+
+def uniform_index(d: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """uniform, version 1: position i gets floor(u d / 2^64), u the 64 bits of half i % 2 of Philox block i // 2."""
+    position = np.arange(start, stop, dtype=np.uint64)
+    bits = _philox(seed, position // np.uint64(2), stream=0)
+    half = (position % np.uint64(2)).astype(np.int64) * 2
+    rows = np.arange(len(position))
+    low, high = bits[rows, half], bits[rows, half + 1]
+    columns = [((int(h) << 32 | int(w)) * d) >> 64 for w, h in zip(low, high, strict=True)]
+    return np.array(columns, dtype=np.int32)
+
+
+class BalancedBijection:
+    """balanced, version 1: a keyed bijection of [0, D) (modular Feistel network of 6 rounds, cycle-walking)."""
+
+    def __init__(self, D: int, seed: int) -> None:
+        self.D = D
+        self.rows = math.isqrt(D - 1) + 1
+        self.width = -(-D // self.rows)
+        self.keys = _philox(seed, np.arange(2, dtype=np.uint64), stream=1).reshape(-1)[:6].tolist()
+
+    @staticmethod
+    def _draw(x: int, key: int, size: int) -> int:
+        x = ((x ^ key) * 0x85EBCA6B) & 0xFFFFFFFF
+        x = ((x ^ (x >> 15)) * 0xC2B2AE35) & 0xFFFFFFFF
+        return (x * size) >> 32
+
+    def element(self, position: int) -> int:
+        value = position
+        while True:
+            row, column = divmod(value, self.width)
+            for i in range(0, 6, 2):
+                row = (row + self._draw(column, self.keys[i], self.rows)) % self.rows
+                column = (column + self._draw(row, self.keys[i + 1], self.width)) % self.width
+            value = row * self.width + column
+            if value < self.D:
+                return value
+
+
+def balanced_index(D: int, d: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """balanced, version 1: position i gets column ``element(i) mod d``."""
+    bijection = BalancedBijection(D, seed)
+    return np.array([bijection.element(i) % d for i in range(start, stop)], dtype=np.int32)
+
+
+def segment_order(index: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """Positions sorted by column, stable, and where each column starts."""
+    order = torch.argsort(index.long(), stable=True)
+    counts = torch.bincount(index.long(), minlength=d)
+    return order.int(), torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+
+def project(theta_d: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    """theta_D in float64."""
+    return (theta_d.double() * scale.double())[index.long()]
+
+
+def project_transpose(g_D: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    """g_d in float64."""
+    sums = torch.zeros(scale.shape, dtype=torch.float64, device=g_D.device)
+    return scale.double() * sums.index_add_(0, index.long(), g_D.double())
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """y in float64, by the dense update W + scaling B A."""
+    dense = weight.double() + scaling * (B.double() @ A.double())
+    y = x.double() @ dense.T
+    return y if bias is None else y + bias.double()
+
+
+def lora_linear_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_x, grad_A, grad_B) in float64, through the gradient of the dense update."""
+    g, rows = grad_y.double().reshape(-1, weight.shape[0]), x.double().reshape(-1, weight.shape[1])
+    dense = weight.double() + scaling * (B.double() @ A.double())
+    grad_dense = g.T @ rows
+    grad_x = (g @ dense).reshape(x.shape)
+    return grad_x, scaling * (B.double().T @ grad_dense), scaling * (grad_dense @ A.double().T)

@@ -1,0 +1,157 @@
+"""The one trainable vector of a model, and the one projection of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unilora_ext import ops
+from unilora_ext.projections import Projection, RowBlock
+
+__all__ = ["SharedVector", "Slot"]
+
+Factors = tuple[Tensor, Tensor]
+"""(A [r, n], B [m, r])"""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a layer's factors lie in theta_D: vec_row(B [m, r]), then vec_row(A [r, n]) (paper, section 3.1)."""
+
+    start: int
+    m: int
+    n: int
+    r: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.m * self.r, self.r * self.n
+
+    @property
+    def stop(self) -> int:
+        return self.start + sum(self.sizes)
+
+    def factors(self, flat_B: Tensor, flat_A: Tensor) -> Factors:
+        return flat_A.view(self.r, self.n), flat_B.view(self.m, self.r)
+
+
+@dataclass(frozen=True)
+class _DeviceGroup:
+    """The slots whose layers lie on one device, in order, and their rows of P."""
+
+    slot_ids: tuple[int, ...]
+    block: RowBlock
+
+
+class SharedVector(nn.Module):
+    """theta_d, its projection and, while the model's forward runs, theta_D.
+
+    The model calls :meth:`begin` and :meth:`end` around its forward (they are its hooks). In between, the first layer
+    that asks projects for all layers of its device. Nothing is kept longer, so a write to theta_d by any means is
+    seen by the next forward. A layer that runs outside (a sub-module called alone, a recomputation under activation
+    checkpointing) projects its own rows of P: the same values and gradients.
+
+    Attributes:
+        theta_d: [d], float32, or float64 in a float64 model: the trainable vector.
+        projection: P.
+        slots: where each layer's factors lie in theta_D.
+        enabled: whether the layers add their update.
+    """
+
+    def __init__(self, theta_d: Tensor, projection: Projection, slots: Sequence[Slot]) -> None:
+        super().__init__()
+        self.theta_d = nn.Parameter(theta_d)
+        self.projection = projection
+        self.slots = tuple(slots)
+        self.enabled = True
+        self._forget()
+
+    def forward(self, x: Any) -> Any:
+        """The identity, so that a model that chains its children (``nn.Sequential``) may hold one."""
+        return x
+
+    # -- the forward pass of the model --------------------------------------------------------------------------------
+
+    def begin(self, model: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the model."""
+        if self._groups is None:
+            self._groups = self._group_by_device(model)
+        self._step = {}
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model, called when its forward raises too."""
+        self._step = None
+
+    def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
+        """The factors of one layer, differentiable in theta_d."""
+        step, groups = self._step, self._groups
+        if step is not None and groups is not None:
+            group = groups.get(device)
+            if group is not None and slot_id in group.slot_ids:
+                # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
+                key = (device, dtype, torch.is_grad_enabled())
+                if key not in step:
+                    step[key] = self._project(group, device, dtype)
+                return step[key][slot_id]
+            self._groups = None  # the layer has moved to another device: look again at the next forward
+        return self._project(self._alone(slot_id, device), device, dtype)[slot_id]
+
+    def _project(self, group: _DeviceGroup, device: torch.device, dtype: torch.dtype) -> dict[int, Factors]:
+        theta_D = ops.project(self.theta_d.to(device), group.block, dtype)
+        slots = [self.slots[i] for i in group.slot_ids]
+        # One split: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
+        parts = iter(theta_D.split_with_sizes([size for slot in slots for size in slot.sizes]))
+        return {
+            i: slot.factors(next(parts), next(parts)) for i, slot in zip(group.slot_ids, slots, strict=True)
+        }
+
+    def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:
+        slot = self.slots[slot_id]
+        if len(self.slots) == 1:
+            return _DeviceGroup((slot_id,), self.projection.block(device))
+        columns = self.projection.columns(slot.start, slot.stop, device)
+        return _DeviceGroup((slot_id,), RowBlock(self.projection, columns, sort=False))
+
+    def _group_by_device(self, model: nn.Module) -> dict[torch.device, _DeviceGroup]:
+        members: dict[torch.device, list[int]] = {}
+        for module in model.modules():
+            state = module.__dict__.get("_unilora")
+            if state is not None and state.vector is self:
+                members.setdefault(module.weight.device, []).append(state.slot_id)
+        groups = {}
+        for device, slot_ids in members.items():
+            slot_ids.sort()
+            ranges = _joined([(self.slots[i].start, self.slots[i].stop) for i in slot_ids])
+            groups[device] = _DeviceGroup(tuple(slot_ids), self.projection.block(device, ranges))
+        return groups
+
+    # -- what must not outlive a move or a copy -----------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._step: dict[tuple[torch.device, torch.dtype, bool], dict[int, Factors]] | None = None
+        self._groups: dict[torch.device, _DeviceGroup] | None = None
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_step": None, "_groups": None}
+
+    def extra_repr(self) -> str:
+        return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending ranges with neighbours merged."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return joined

@@ -1,0 +1,173 @@
+"""Which layers of a model are adapted."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from unilora_ext.errors import AttachError
+from unilora_ext.linear import UniLoRALayer, UniLoRALinear
+
+__all__ = ["Target", "find_modules", "find_targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that will be adapted: W is [m, n]."""
+
+    name: str
+    module: nn.Module
+    adapted_class: type[UniLoRALayer]
+    m: int
+    n: int
+
+
+def find_targets(
+    model: nn.Module, target_modules: Sequence[str] | str, modules_to_save: Sequence[str]
+) -> list[Target]:
+    """The targets in ``named_modules()`` order.
+
+    Args:
+        model: the model to adapt.
+        target_modules: as in :class:`~unilora_ext.UniLoRAConfig`.
+        modules_to_save: modules trained whole; nothing inside them is adapted.
+
+    Raises:
+        AttachError: nothing matches, or a matching module cannot be adapted; the message names it.
+    """
+    whole = [module for _, module in find_modules(model, modules_to_save, "modules_to_save")]
+    inside_whole = {id(part) for module in whole for part in module.modules()}
+    if target_modules == "all-linear":
+        names = _all_linear_names(model, inside_whole)
+        wanted = "any linear layer (target_modules='all-linear')"
+    elif isinstance(target_modules, str):
+        names = [name for name, _ in model.named_modules() if name and re.fullmatch(target_modules, name)]
+        wanted = f"a module whose whole name matches {target_modules!r}"
+    else:
+        names = [name for name, _ in find_modules(model, target_modules, "target_modules")]
+        wanted = f"a module named {list(target_modules)}"
+    if not names:
+        raise AttachError(
+            f"target_modules: expected {wanted}, {type(model).__name__} has {_linear_endings(model)}"
+        )
+
+    modules = dict(model.named_modules())
+    targets = []
+    for name in names:
+        module = modules[name]
+        if id(module) in inside_whole:
+            raise AttachError(
+                f"target_modules: '{name}' is also in modules_to_save {list(modules_to_save)}: choose one"
+            )
+        adapted_class = _adapted_class(name, module, modules)
+        n, m = (
+            (module.in_features, module.out_features)
+            if isinstance(module, nn.Linear)
+            else module.weight.shape
+        )
+        targets.append(Target(name, module, adapted_class, int(m), int(n)))
+    return targets
+
+
+def find_modules(model: nn.Module, endings: Sequence[str], field: str) -> list[tuple[str, nn.Module]]:
+    """Modules whose name is one of `endings` or ends in ``.<ending>``, in ``named_modules()`` order.
+
+    Raises:
+        AttachError: an ending that no module has.
+    """
+    named = [(name, module) for name, module in model.named_modules() if name]
+
+    def matches(name: str, ending: str) -> bool:
+        return name == ending or name.endswith("." + ending)
+
+    for ending in endings:
+        if not any(matches(name, ending) for name, _ in named):
+            close = difflib.get_close_matches(
+                ending, sorted({name.rpartition(".")[2] for name, _ in named}), n=3
+            )
+            hint = f"; close names: {close}" if close else ""
+            raise AttachError(
+                f"{field}: no module of {type(model).__name__} is named '{ending}' or ends in '.{ending}'; "
+                f"it has {_linear_endings(model)}{hint}"
+            )
+    return [(name, module) for name, module in named if any(matches(name, ending) for ending in endings)]
+
+
+def _all_linear_names(model: nn.Module, inside_whole: set[int]) -> list[str]:
+    """Every Linear and Conv1D but the output head: in a Transformers model with a head, all that lies outside its
+    ``base_model``. A plain module has no telling head: there, name it in modules_to_save."""
+    base = getattr(model, "base_model", model)
+    body = {id(part) for part in base.modules()} if isinstance(base, nn.Module) else None
+    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    names = []
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+        left_out = (
+            id(module) in inside_whole or module is head or (body is not None and id(module) not in body)
+        )
+        if linear and name and not left_out and not _is_attention_output(name, model):
+            names.append(name)
+    return names
+
+
+def _is_attention_output(name: str, model: nn.Module) -> bool:
+    parent, _, child = name.rpartition(".")
+    return child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and type(module) is transformers.Conv1D
+
+
+def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> type[UniLoRALayer]:
+    """The class that adapts `module`; an error that names the module where none does."""
+
+    def refuse(reason: str) -> AttachError:
+        return AttachError(f"target_modules: '{name}' ({type(module).__name__}) cannot be adapted: {reason}")
+
+    if isinstance(module, UniLoRALayer):
+        raise refuse("it has a Uni-LoRA adapter already; detach it first")
+    parent = modules.get(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise refuse(
+            "torch.nn.MultiheadAttention reads its weight and never calls it, so an update would have no effect"
+        )
+    if type(module) is nn.Linear:
+        adapted_class: type[UniLoRALayer] = UniLoRALinear
+    elif _is_conv1d(module):
+        from unilora_ext.integrations.conv1d import UniLoRAConv1D
+
+        adapted_class = UniLoRAConv1D
+    else:
+        raise refuse("expected a torch.nn.Linear or a transformers Conv1D")
+    if not module.weight.is_floating_point():
+        raise refuse(f"expected a floating weight, got {module.weight.dtype}")
+    if "forward" in module.__dict__:
+        raise refuse(
+            "its forward was replaced on the instance (offloading hooks do that): attach before that step"
+        )
+    return adapted_class
+
+
+def _linear_endings(model: nn.Module) -> str:
+    endings: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if name and (isinstance(module, nn.Linear) or _is_conv1d(module)):
+            ending = name.rpartition(".")[2]
+            endings[ending] = endings.get(ending, 0) + 1
+    if not endings:
+        return "no linear layers"
+    return "the linear layers " + ", ".join(f"{name} (x{count})" for name, count in sorted(endings.items()))
+
+
+def uses_fused_encoder_path(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the parent may read the layer's weight instead of calling it, as torch.nn.TransformerEncoderLayer does
+    in evaluation, unless a module inside has a forward hook."""
+    return isinstance(modules.get(name.rpartition(".")[0]), torch.nn.TransformerEncoderLayer)
