@@ -49,13 +49,9 @@ def plan(model: nn.Module, config: UniLoRAConfig) -> tuple[list[Target], UniLoRA
     if not isinstance(config, UniLoRAConfig):
         raise AttachError(f"attach: config: expected a UniLoRAConfig, got {type(config).__name__}")
     if isinstance(model, nn.Linear):
-        raise AttachError(
-            "attach: the model itself is a linear layer: use UniLoRALinear.from_linear(model, ...)"
-        )
+        raise AttachError("attach: the model itself is a linear layer: use UniLoRALinear.from_linear(model, ...)")
     if hasattr(model, CHILD):
-        raise AttachError(
-            f"attach: {type(model).__name__} has an adapter (or another attribute '{CHILD}') already"
-        )
+        raise AttachError(f"attach: {type(model).__name__} has an adapter (or another attribute '{CHILD}') already")
     targets = find_targets(model, config.target_modules, config.modules_to_save)
     D = sum((t.m + t.n) * config.r for t in targets)
     if config.d is None:
@@ -204,11 +200,7 @@ class Adapter:
 
     def modules_to_save(self) -> dict[str, Tensor]:
         """Trained parameters and buffers of the modules that are trained whole, by their full names."""
-        return (
-            saved_tensors(self.model, self.config)
-            if self.vector.enabled
-            else self._attachment.saved_originals
-        )
+        return saved_tensors(self.model, self.config) if self.vector.enabled else self._attachment.saved_originals
 
     def __repr__(self) -> str:
         return f"Adapter({self.projection}, r={self.config.r}, layers={len(self.vector.slots)}, merged={self.merged})"

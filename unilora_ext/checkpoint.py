@@ -125,9 +125,7 @@ def save(adapter: Adapter, folder: str | Path, metadata: dict[str, Any] | None =
 
 
 def _safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save(
-        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    )
+    return safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
 
 
 def _sha256(data: bytes) -> str:
@@ -169,9 +167,7 @@ def read(folder: str | Path) -> AdapterFile:
     theta_d = tensors["theta_d"].get("theta_d")
     if theta_d is None or tuple(theta_d.shape) != (record["d"],) or not theta_d.is_floating_point():
         got = "no tensor 'theta_d'" if theta_d is None else f"{theta_d.dtype} of shape {list(theta_d.shape)}"
-        raise AdapterFileError(
-            f"{folder}: theta_d: expected a floating tensor of shape [{record['d']}], got {got}"
-        )
+        raise AdapterFileError(f"{folder}: theta_d: expected a floating tensor of shape [{record['d']}], got {got}")
     return AdapterFile(folder, record, config, theta_d, tensors.get("modules_to_save", {}))
 
 
@@ -183,9 +179,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterFileError(
-            f"{path}: expected JSON, the file is truncated or damaged ({error})"
-        ) from error
+        raise AdapterFileError(f"{path}: expected JSON, the file is truncated or damaged ({error})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         got = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise AdapterFileError(f"{path}: expected format '{FORMAT}', got {got!r}")
@@ -196,9 +190,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         )
     stated = record.pop("checksum", None)
     if stated != _digest(record):
-        raise AdapterFileError(
-            f"{path}: the content does not match its checksum: it was changed after it was saved"
-        )
+        raise AdapterFileError(f"{path}: the content does not match its checksum: it was changed after it was saved")
     return record
 
 
@@ -234,13 +226,9 @@ def _read_tensors(folder: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         raise AdapterFileError(f"{path}: expected this file, as {ENTRY} says; it is missing")
     data = path.read_bytes()
     if len(data) != entry["bytes"]:
-        raise AdapterFileError(
-            f"{path}: expected {entry['bytes']} bytes, got {len(data)}: truncated or overwritten"
-        )
+        raise AdapterFileError(f"{path}: expected {entry['bytes']} bytes, got {len(data)}: truncated or overwritten")
     if _sha256(data) != entry["sha256"]:
-        raise AdapterFileError(
-            f"{path}: the content does not match its SHA-256 in {ENTRY}: changed or damaged"
-        )
+        raise AdapterFileError(f"{path}: the content does not match its SHA-256 in {ENTRY}: changed or damaged")
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
@@ -295,18 +283,12 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(t.shape) for name, t in tensors.items()}
 
 
-def _check_same(
-    file: AdapterFile, what: str, stored: dict[str, list[int]], found: dict[str, list[int]]
-) -> None:
+def _check_same(file: AdapterFile, what: str, stored: dict[str, list[int]], found: dict[str, list[int]]) -> None:
     differences = [
-        f"'{name}': in the adapter {shape}, not in the model"
-        for name, shape in stored.items()
-        if name not in found
+        f"'{name}': in the adapter {shape}, not in the model" for name, shape in stored.items() if name not in found
     ]
     differences += [
-        f"'{name}': in the model {shape}, not in the adapter"
-        for name, shape in found.items()
-        if name not in stored
+        f"'{name}': in the model {shape}, not in the adapter" for name, shape in found.items() if name not in stored
     ]
     differences += [
         f"'{name}': in the adapter {shape}, in the model {found[name]}"

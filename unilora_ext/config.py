@@ -63,12 +63,8 @@ class UniLoRAConfig:
         _expect("d", self.d is None or (_is_int(self.d) and self.d >= 1), "an integer >= 1 or None", self.d)
         _expect("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "an integer in [0, 2^63)", self.seed)
         _expect("alpha", self.alpha is None or _is_number(self.alpha), "a number or None", self.alpha)
-        _expect(
-            "dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)", self.dropout
-        )
-        _expect(
-            "init_bound", _is_number(self.init_bound) and self.init_bound > 0, "a number > 0", self.init_bound
-        )
+        _expect("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)", self.dropout)
+        _expect("init_bound", _is_number(self.init_bound) and self.init_bound > 0, "a number > 0", self.init_bound)
         projection_class(self.projection)
         if isinstance(self.target_modules, str):
             _check_pattern(self.target_modules)

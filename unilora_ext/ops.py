@@ -67,9 +67,7 @@ def _(index, d):
 
 @torch.library.register_fake("unilora::project")
 def _(theta_d, scale, index, dtype):
-    _expect(
-        "project", "scale", scale.shape == theta_d.shape, f"shape {list(theta_d.shape)}", list(scale.shape)
-    )
+    _expect("project", "scale", scale.shape == theta_d.shape, f"shape {list(theta_d.shape)}", list(scale.shape))
     return theta_d.new_empty(index.shape, dtype=dtype)
 
 
@@ -239,9 +237,7 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float = 1.0
-) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """``y = x W^T + b + scaling (x A^T) B^T``, differentiable in x, A and B.
 
     Args:
@@ -261,9 +257,7 @@ def lora_linear(
     """
     dtype = autocast_dtype(x.device, x.dtype)
     x, weight, A, B = (
-        (t.to(dtype) for t in (x, weight, A, B))
-        if torch.is_autocast_enabled(x.device.type)
-        else (x, weight, A, B)
+        (t.to(dtype) for t in (x, weight, A, B)) if torch.is_autocast_enabled(x.device.type) else (x, weight, A, B)
     )
     if bias is not None:
         bias = bias.to(dtype) if torch.is_autocast_enabled(x.device.type) else bias

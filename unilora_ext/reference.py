@@ -103,9 +103,7 @@ def project_transpose(g_D: Tensor, scale: Tensor, index: Tensor) -> Tensor:
     return scale.double() * sums.index_add_(0, index.long(), g_D.double())
 
 
-def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """y in float64, by the dense update W + scaling B A."""
     dense = weight.double() + scaling * (B.double() @ A.double())
     y = x.double() @ dense.T

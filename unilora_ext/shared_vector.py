@@ -105,9 +105,7 @@ class SharedVector(nn.Module):
         slots = [self.slots[i] for i in group.slot_ids]
         # One split: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
         parts = iter(theta_D.split_with_sizes([size for slot in slots for size in slot.sizes]))
-        return {
-            i: slot.factors(next(parts), next(parts)) for i, slot in zip(group.slot_ids, slots, strict=True)
-        }
+        return {i: slot.factors(next(parts), next(parts)) for i, slot in zip(group.slot_ids, slots, strict=True)}
 
     def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:
         slot = self.slots[slot_id]

@@ -28,9 +28,7 @@ class Target:
     n: int
 
 
-def find_targets(
-    model: nn.Module, target_modules: Sequence[str] | str, modules_to_save: Sequence[str]
-) -> list[Target]:
+def find_targets(model: nn.Module, target_modules: Sequence[str] | str, modules_to_save: Sequence[str]) -> list[Target]:
     """The targets in ``named_modules()`` order.
 
     Args:
@@ -53,9 +51,7 @@ def find_targets(
         names = [name for name, _ in find_modules(model, target_modules, "target_modules")]
         wanted = f"a module named {list(target_modules)}"
     if not names:
-        raise AttachError(
-            f"target_modules: expected {wanted}, {type(model).__name__} has {_linear_endings(model)}"
-        )
+        raise AttachError(f"target_modules: expected {wanted}, {type(model).__name__} has {_linear_endings(model)}")
 
     modules = dict(model.named_modules())
     targets = []
@@ -66,11 +62,7 @@ def find_targets(
                 f"target_modules: '{name}' is also in modules_to_save {list(modules_to_save)}: choose one"
             )
         adapted_class = _adapted_class(name, module, modules)
-        n, m = (
-            (module.in_features, module.out_features)
-            if isinstance(module, nn.Linear)
-            else module.weight.shape
-        )
+        n, m = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else module.weight.shape
         targets.append(Target(name, module, adapted_class, int(m), int(n)))
     return targets
 
@@ -88,9 +80,7 @@ def find_modules(model: nn.Module, endings: Sequence[str], field: str) -> list[t
 
     for ending in endings:
         if not any(matches(name, ending) for name, _ in named):
-            close = difflib.get_close_matches(
-                ending, sorted({name.rpartition(".")[2] for name, _ in named}), n=3
-            )
+            close = difflib.get_close_matches(ending, sorted({name.rpartition(".")[2] for name, _ in named}), n=3)
             hint = f"; close names: {close}" if close else ""
             raise AttachError(
                 f"{field}: no module of {type(model).__name__} is named '{ending}' or ends in '.{ending}'; "
@@ -108,9 +98,7 @@ def _all_linear_names(model: nn.Module, inside_whole: set[int]) -> list[str]:
     names = []
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or _is_conv1d(module)
-        left_out = (
-            id(module) in inside_whole or module is head or (body is not None and id(module) not in body)
-        )
+        left_out = id(module) in inside_whole or module is head or (body is not None and id(module) not in body)
         if linear and name and not left_out and not _is_attention_output(name, model):
             names.append(name)
     return names
@@ -150,9 +138,7 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     if not module.weight.is_floating_point():
         raise refuse(f"expected a floating weight, got {module.weight.dtype}")
     if "forward" in module.__dict__:
-        raise refuse(
-            "its forward was replaced on the instance (offloading hooks do that): attach before that step"
-        )
+        raise refuse("its forward was replaced on the instance (offloading hooks do that): attach before that step")
     return adapted_class
 
 

@@ -49,9 +49,7 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(
-        folder / "adapter_model.safetensors", safetensors.torch.save(_plain(tensors), {"format": "pt"})
-    )
+    replace_file(folder / "adapter_model.safetensors", safetensors.torch.save(_plain(tensors), {"format": "pt"}))
     replace_file(folder / "adapter_config.json", json.dumps(record, indent=2).encode() + b"\n")
 
 

@@ -16,9 +16,7 @@ __all__ = [
     "projection_class",
 ]
 
-_BY_NAME: dict[str, type[SeededProjection]] = {
-    cls.name: cls for cls in (UniformProjection, BalancedProjection)
-}
+_BY_NAME: dict[str, type[SeededProjection]] = {cls.name: cls for cls in (UniformProjection, BalancedProjection)}
 
 
 def projection_class(name: str) -> type[SeededProjection]:

@@ -62,9 +62,7 @@ class Projection(ABC):
         limit = _C.max_elements
         for what, value in (("D", D), ("d", d)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-                raise UniLoRAError(
-                    f"{type(self).__name__}: {what}: expected an integer in [1, {limit}], got {value!r}"
-                )
+                raise UniLoRAError(f"{type(self).__name__}: {what}: expected an integer in [1, {limit}], got {value!r}")
         self.D, self.d = D, d
         self._blocks: dict[torch.device, RowBlock] = {}
         self._column_scale: Tensor | None = None

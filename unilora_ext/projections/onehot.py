@@ -30,15 +30,11 @@ class OneHotProjection(Projection):
         super().__init__(given.numel(), d)
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= d:
-            raise UniLoRAError(
-                f"OneHotProjection: index: expected values in [0, {d}), got values in [{low}, {high}]"
-            )
+            raise UniLoRAError(f"OneHotProjection: index: expected values in [0, {d}), got values in [{low}, {high}]")
         self._index = given.to(device="cpu", dtype=torch.int32, copy=True)
 
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         return self._index[start:stop].to(device)
 
     def spec(self) -> dict[str, Any]:
-        raise UniLoRAError(
-            "OneHotProjection: a given index has no seed, so it cannot be part of an adapter file"
-        )
+        raise UniLoRAError("OneHotProjection: a given index has no seed, so it cannot be part of an adapter file")
