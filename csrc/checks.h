@@ -78,8 +78,9 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* other_name,
                               const Tensor& other) {
   if (t.device() != other.device())
-    fail(op, name, ": expected the device of ", other_name, " (", other.is_cuda() ? "cuda:" : "cpu:",
-         other.get_device_index(), "), got ", t.is_cuda() ? "cuda:" : "cpu:", t.get_device_index());
+    fail(op, name, ": expected the device of ", other_name, " (",
+         other.is_cuda() ? "cuda:" : "cpu:", other.get_device_index(), "), got ",
+         t.is_cuda() ? "cuda:" : "cpu:", t.get_device_index());
 }
 
 // value in [low, high]

@@ -20,9 +20,9 @@ void check_sizes(int64_t d, int64_t start, int64_t stop, int64_t limit) {
   using std::to_string;
   check(d >= 1 && d <= unilora::kMaxElements,
         "d: expected a value in [1, " + to_string(unilora::kMaxElements) + "], got " + to_string(d));
-  check(0 <= start && start <= stop && stop <= limit, "start, stop: expected 0 <= start <= stop <= " +
-                                                          to_string(limit) + ", got " + to_string(start) + ", " +
-                                                          to_string(stop));
+  check(0 <= start && start <= stop && stop <= limit,
+        "start, stop: expected 0 <= start <= stop <= " + to_string(limit) + ", got " + to_string(start) + ", " +
+            to_string(stop));
 }
 
 py::array_t<int32_t> uniform_index(int64_t d, uint64_t seed, int64_t start, int64_t stop) {
@@ -38,9 +38,8 @@ py::array_t<int32_t> uniform_index(int64_t d, uint64_t seed, int64_t start, int6
 }
 
 py::array_t<int32_t> balanced_index(int64_t D, int64_t d, uint64_t seed, int64_t start, int64_t stop) {
-  check(D >= 1 && D <= unilora::kMaxElements, "D: expected a value in [1, " +
-                                                  std::to_string(unilora::kMaxElements) + "], got " +
-                                                  std::to_string(D));
+  check(D >= 1 && D <= unilora::kMaxElements,
+        "D: expected a value in [1, " + std::to_string(unilora::kMaxElements) + "], got " + std::to_string(D));
   check_sizes(d, start, stop, D);
   const unilora::BalancedMap map(static_cast<uint32_t>(D), static_cast<uint32_t>(d), seed);
   py::array_t<int32_t> out(stop - start);
@@ -50,9 +49,8 @@ py::array_t<int32_t> balanced_index(int64_t D, int64_t d, uint64_t seed, int64_t
 }
 
 py::array_t<int32_t> balanced_members(int64_t D, int64_t d, uint64_t seed, int64_t column) {
-  check(D >= 1 && D <= unilora::kMaxElements, "D: expected a value in [1, " +
-                                                  std::to_string(unilora::kMaxElements) + "], got " +
-                                                  std::to_string(D));
+  check(D >= 1 && D <= unilora::kMaxElements,
+        "D: expected a value in [1, " + std::to_string(unilora::kMaxElements) + "], got " + std::to_string(D));
   check_sizes(d, column, column + 1, d);
   const unilora::BalancedMap map(static_cast<uint32_t>(D), static_cast<uint32_t>(d), seed);
   py::array_t<int32_t> out(column < D ? (D - column + d - 1) / d : 0);

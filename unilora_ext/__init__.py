@@ -8,6 +8,8 @@
 >>> adapter.save("adapter")
 """
 
+import torch  # noqa: F401  loads the libtorch that the native libraries link to
+
 from unilora_ext._C import version as __version__
 from unilora_ext.adapter import Adapter, attach, get_adapter
 from unilora_ext.checkpoint import AdapterFile, load, read

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 try:
-    from unilora_ext import _C
+    from unilora_ext import _C  # noqa: F401  registers the operators
 except ImportError as error:  # a source folder that was not built, or a build for another Python
     raise ImportError(
         f"unilora_ext: the native library _C of {Path(__file__).parent} cannot be loaded ({error}). "
@@ -255,11 +255,42 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit; the message names the argument.
     """
-    dtype = autocast_dtype(x.device, x.dtype)
-    x, weight, A, B = (
-        (t.to(dtype) for t in (x, weight, A, B)) if torch.is_autocast_enabled(x.device.type) else (x, weight, A, B)
-    )
-    if bias is not None:
-        bias = bias.to(dtype) if torch.is_autocast_enabled(x.device.type) else bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = autocast_dtype(x.device, x.dtype)
+        x, weight, A, B = (t.to(dtype) for t in (x, weight, A, B))
+        bias = None if bias is None else bias.to(dtype)
     y, _ = LoraLinearFunction.apply(x, weight, bias, A, B, float(scaling))
     return y
+
+
+# ---- the same derivatives for who calls torch.ops.unilora directly --------------------------------------------------
+
+
+def _save_project(ctx, inputs, output):
+    _, scale, index, _ = inputs
+    ctx.save_for_backward(scale, index)
+
+
+def _project_backward(ctx, grad_theta_D):
+    scale, index = ctx.saved_tensors
+    sums = torch.zeros_like(scale).index_put((index.long(),), grad_theta_D.to(scale.dtype), accumulate=True)
+    return sums * scale, None, None, None
+
+
+def _save_transpose(ctx, inputs, output):
+    g_D, scale, order, offsets = inputs
+    ctx.save_for_backward(scale, order, offsets)
+    ctx.dtype = g_D.dtype
+
+
+def _transpose_backward(ctx, grad_g_d):
+    scale, order, offsets = ctx.saved_tensors
+    members = torch.repeat_interleave(grad_g_d * scale, offsets.diff(), output_size=order.numel())
+    return torch.empty_like(members).index_copy(0, order.long(), members).to(ctx.dtype), None, None, None
+
+
+torch.library.register_autograd("unilora::project", _project_backward, setup_context=_save_project)
+torch.library.register_autograd("unilora::project_transpose", _transpose_backward, setup_context=_save_transpose)
+torch.library.register_autograd(
+    "unilora::lora_linear", LoraLinearFunction.backward, setup_context=LoraLinearFunction.setup_context
+)

@@ -12,8 +12,7 @@
 
 namespace unilora {
 
-// Makes the device of `like` the current one for its own lifetime, and launches on that device's current
-// stream.
+// While it lives, the device of `like` is the current one; its current stream is the one to launch on.
 class CudaLaunch {
  public:
   explicit CudaLaunch(const Tensor& like) : like_(like), guard_(like.get_device_index()) {

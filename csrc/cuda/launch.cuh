@@ -19,8 +19,7 @@
 #define UNILORA_MAX_BLOCKS (INT64_C(1) << 20)
 #endif
 
-// Stops the kernel, also in release builds (assert() does not): the next CUDA call reports a device-side
-// assert.
+// Stops the kernel, in release builds too (assert() does not): the next CUDA call reports a device-side assert.
 #define UNILORA_DEVICE_CHECK(condition)                                                     \
   do {                                                                                      \
     if (!(condition)) __assert_fail(#condition, __FILE__, __LINE__, "unilora CUDA kernel"); \
@@ -30,7 +29,7 @@ namespace unilora {
 
 constexpr int kWarp = 32;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline unsigned grid_size(int64_t items, int64_t items_per_block) {
   const int64_t blocks = ceil_div(items, items_per_block);
@@ -38,9 +37,7 @@ inline unsigned grid_size(int64_t items, int64_t items_per_block) {
 }
 
 // The first item of this thread, and the step to its next: for (i = grid_begin(); i < n; i += grid_step())
-__device__ __forceinline__ int64_t grid_begin() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
+__device__ __forceinline__ int64_t grid_begin() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_step() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
 // Acc <- T. The 16-bit types convert through float, which holds them exactly.

@@ -17,6 +17,7 @@
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 
@@ -112,11 +113,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
 
   const Tensor dy = rows_of(grad_y, s.N, s.m);
   const Tensor a = torch::stable::contiguous(A), b = torch::stable::contiguous(B);
-  const Tensor none = torch::stable::new_empty(dy, {0});
-  Tensor grad_x = none, grad_A = none, grad_B = none;
-  if (need_grad_x) grad_x = torch::stable::matmul(dy, weight);
-  if (need_grad_A) grad_A = torch::stable::new_empty(a, {s.r, s.n});
-  if (need_grad_B) grad_B = torch::stable::new_empty(b, {s.m, s.r});
+  // An operator's outputs must not alias: each missing gradient is an empty tensor of its own.
+  Tensor grad_x = need_grad_x ? torch::stable::matmul(dy, weight) : torch::stable::new_empty(dy, {0});
+  const Tensor grad_A =
+      torch::stable::new_empty(a, need_grad_A ? std::vector<int64_t>{s.r, s.n} : std::vector<int64_t>{0});
+  const Tensor grad_B =
+      torch::stable::new_empty(b, need_grad_B ? std::vector<int64_t>{s.m, s.r} : std::vector<int64_t>{0});
   Kernels kernels(dy);
   dispatch_floating(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -144,6 +146,6 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
 
 }  // namespace unilora
 
-#define UNILORA_IMPL_LORA_LINEAR(m, Kernels)                           \
-  m.impl("lora_linear", TORCH_BOX(&unilora::lora_linear<Kernels>));    \
+#define UNILORA_IMPL_LORA_LINEAR(m, Kernels)                        \
+  m.impl("lora_linear", TORCH_BOX(&unilora::lora_linear<Kernels>)); \
   m.impl("lora_linear_backward", TORCH_BOX(&unilora::lora_linear_backward<Kernels>))

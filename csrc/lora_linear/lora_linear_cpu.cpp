@@ -18,8 +18,7 @@ std::vector<Acc> packed(const T* P, int64_t r, int64_t C, FactorLayout layout, A
   const int64_t rank_stride = layout == FactorLayout::kRankMajor ? C : 1;
   const int64_t column_stride = layout == FactorLayout::kRankMajor ? 1 : r;
   for (int64_t q = 0; q < r; ++q)
-    for (int64_t c = 0; c < C; ++c)
-      out[q * C + c] = scaling * static_cast<Acc>(P[q * rank_stride + c * column_stride]);
+    for (int64_t c = 0; c < C; ++c) out[q * C + c] = scaling * static_cast<Acc>(P[q * rank_stride + c * column_stride]);
   return out;
 }
 
@@ -96,17 +95,16 @@ UNILORA_INLINE void outer_tile(const T* g, int64_t N, int64_t M, int64_t width, 
 }
 
 // Multiversioning works on plain functions only: one set for each dtype.
-#define UNILORA_LORA_KERNELS(T, Acc)                                                                              \
-  UNILORA_MULTIVERSION void dot_block(const T* x, int64_t rows, int64_t K, const Acc* P, int64_t r, Acc* out) {   \
-    dot_rows(x, rows, K, P, r, out);                                                                              \
-  }                                                                                                               \
-  UNILORA_MULTIVERSION void rank_update_block(T* y, int64_t rows, int64_t M, const Acc* h, int64_t r,             \
-                                              const Acc* P) {                                                     \
-    rank_update_rows(y, rows, M, h, r, P);                                                                        \
-  }                                                                                                               \
-  UNILORA_MULTIVERSION void outer_block(const T* g, int64_t N, int64_t M, int64_t width, const Acc* h, int64_t r, \
-                                        Acc* sums) {                                                              \
-    outer_tile(g, N, M, width, h, r, sums);                                                                       \
+#define UNILORA_LORA_KERNELS(T, Acc)                                                                                  \
+  UNILORA_MULTIVERSION void dot_block(const T* x, int64_t rows, int64_t K, const Acc* P, int64_t r, Acc* out) {       \
+    dot_rows(x, rows, K, P, r, out);                                                                                  \
+  }                                                                                                                   \
+  UNILORA_MULTIVERSION void rank_update_block(T* y, int64_t rows, int64_t M, const Acc* h, int64_t r, const Acc* P) { \
+    rank_update_rows(y, rows, M, h, r, P);                                                                            \
+  }                                                                                                                   \
+  UNILORA_MULTIVERSION void outer_block(const T* g, int64_t N, int64_t M, int64_t width, const Acc* h, int64_t r,     \
+                                        Acc* sums) {                                                                  \
+    outer_tile(g, N, M, width, h, r, sums);                                                                           \
   }
 UNILORA_LORA_KERNELS(float, float)
 UNILORA_LORA_KERNELS(double, double)

@@ -14,16 +14,15 @@ struct CudaLoraLinear {
 
   template <typename T, typename Acc>
   void dot(const T* x, int64_t N, int64_t K, const T* P, FactorLayout layout, int64_t r, Acc* out) const {
-    launch_dot(cuda_pointer(x), N, K, cuda_pointer(P), layout == FactorLayout::kRankMajor, r, out,
-               cuda.stream());
+    launch_dot(cuda_pointer(x), N, K, cuda_pointer(P), layout == FactorLayout::kRankMajor, r, out, cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
   template <typename T, typename Acc>
   void rank_update(T* y, int64_t N, int64_t M, const Acc* h, int64_t r, const T* P, FactorLayout layout,
                    double scaling) const {
-    launch_rank_update(cuda_pointer(y), N, M, h, r, cuda_pointer(P), layout == FactorLayout::kRankMajor,
-                       scaling, cuda.stream());
+    launch_rank_update(cuda_pointer(y), N, M, h, r, cuda_pointer(P), layout == FactorLayout::kRankMajor, scaling,
+                       cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 

@@ -23,30 +23,28 @@ void with_rank_tile(int64_t r, const Body& body) {
 }
 
 // tile[q][c] = scaling * P[q0 + q, c0 + c], zero beyond r and C. The whole block calls it; threads follow the
-// storage order of P, so that reads are coalesced in both layouts. `Pitch` >= Columns is the row length of
-// the tile.
+// storage order of P, so that reads are coalesced in both layouts. Pitch >= Columns: row length of the tile.
 template <int Q, int Columns, int Pitch, typename T, typename Acc>
 __device__ __forceinline__ void load_factor(const T* __restrict__ P,  // [r, C] or [C, r]
-                                            bool rank_major, int64_t r, int64_t C, int64_t q0, int64_t c0,
-                                            Acc scaling, Acc (&tile)[Q][Pitch]) {
+                                            bool rank_major, int64_t r, int64_t C, int64_t q0, int64_t c0, Acc scaling,
+                                            Acc (&tile)[Q][Pitch]) {
   for (int e = threadIdx.x; e < Q * Columns; e += blockDim.x) {
     const int q = rank_major ? e / Columns : e % Q, c = rank_major ? e % Columns : e / Q;
     const int64_t rank = q0 + q, column = c0 + c;
     const bool inside = rank < r && column < C;
-    tile[q][c] =
-        inside ? scaling * widen<Acc>(P[rank_major ? rank * C + column : column * r + rank]) : Acc(0);
+    tile[q][c] = inside ? scaling * widen<Acc>(P[rank_major ? rank * C + column : column * r + rank]) : Acc(0);
   }
 }
 
-// ---- dot
-// ---------------------------------------------------------------------------------------------------------
+// ---- dot --------------------------------------------------------------------------------------------------
 // out[i, q] = sum_c x[i, c] P[q, c]
 //
-// Work: a warp owns four rows and one rank tile; its lanes take neighbouring columns, each lane adds its
-// columns in ascending order, then the lanes are added by a fixed tree. The block's warps share each tile of
-// P. Rank tiles are the fastest grid index: for r > 16 the blocks that read the same rows run together and x
-// comes from L2 after the first. Bytes: x N K sizeof(T) once, out N r sizeof(Acc); P r K sizeof(T) from L2 by
-// every block. A row's result does not depend on N or on the other rows.
+// Work: a warp owns four rows and one rank tile; its lanes take neighbouring columns. The block's warps share each
+// tile of P. Rank tiles are the fastest grid index: for r > 16 the blocks that read the same rows run together, and
+// x comes from L2 after the first.
+// Bytes: x N K sizeof(T) once, out N r sizeof(Acc); from L2, P r K sizeof(T) for every 16 rows.
+// Determinism: a lane adds its columns in ascending order, then the lanes are added by a fixed tree. A row's result
+// does not depend on N or on the other rows.
 
 constexpr int kDotBlock = 128;
 constexpr int kDotRows = 4;  // rows of a warp
@@ -110,26 +108,24 @@ void launch_dot(const T* x,  // [N, K]
   });
 }
 
-// ---- rank_update
-// ------------------------------------------------------------------------------------------------- y[i, c]
-// += s sum_q h[i, q] P[q, c], in place
+// ---- rank_update ------------------------------------------------------------------------------------------
+// y[i, c] += s sum_q h[i, q] P[q, c], in place
 //
-// Work: a block owns a tile of 32 rows and 256 columns, a thread one column of it: it holds its 32 sums in
-// registers while all ranks are applied in ascending order, and then reads and writes y once, coalesced along
-// the row. Bytes: y 2 N M sizeof(T), h N r sizeof(Acc) for each column tile and P r M sizeof(T) for each row
-// tile, from L2.
+// Work: a block owns a tile of 32 rows and 256 columns, a thread one column of it. The 32 sums stay in registers
+// while all ranks are applied; then y is read and written once, coalesced along the row.
+// Bytes: y 2 N M sizeof(T); from L2, h N r sizeof(Acc) for each column tile and P r M sizeof(T) for each row tile.
+// Determinism: a thread adds the ranks of its elements in ascending order, then y; one rounding to T.
 
 constexpr int kUpdateColumns = 256;  // one a thread
 constexpr int kUpdateRows = 32;
 
 template <int Q, typename T, typename Acc>
-__global__ void __launch_bounds__(kUpdateColumns)
-    rank_update_kernel(T* __restrict__ y,  // [N, M]
-                       int64_t N, int64_t M,
-                       const Acc* __restrict__ h,  // [N, r]
-                       int64_t r,
-                       const T* __restrict__ P,  // [r, M] or [M, r]
-                       bool rank_major, Acc scaling) {
+__global__ void __launch_bounds__(kUpdateColumns) rank_update_kernel(T* __restrict__ y,  // [N, M]
+                                                                     int64_t N, int64_t M,
+                                                                     const Acc* __restrict__ h,  // [N, r]
+                                                                     int64_t r,
+                                                                     const T* __restrict__ P,  // [r, M] or [M, r]
+                                                                     bool rank_major, Acc scaling) {
   __shared__ __align__(16) Acc weight[kUpdateRows][Q];
   __shared__ Acc factor[Q][kUpdateColumns + 1];
   const int64_t column_tiles = ceil_div(M, kUpdateColumns), tiles = ceil_div(N, kUpdateRows) * column_tiles;
@@ -176,21 +172,20 @@ void launch_rank_update(T* y,  // [N, M]
   with_rank_tile(r, [&](auto rank_tile) {
     constexpr int Q = decltype(rank_tile)::value;
     const int64_t tiles = ceil_div(N, kUpdateRows) * ceil_div(M, kUpdateColumns);
-    rank_update_kernel<Q><<<grid_size(tiles, 1), kUpdateColumns, 0, stream>>>(y, N, M, h, r, P, rank_major,
-                                                                              static_cast<Acc>(scaling));
+    rank_update_kernel<Q>
+        <<<grid_size(tiles, 1), kUpdateColumns, 0, stream>>>(y, N, M, h, r, P, rank_major, static_cast<Acc>(scaling));
   });
 }
 
-// ---- outer
-// -------------------------------------------------------------------------------------------------------
+// ---- outer ------------------------------------------------------------------------------------------------
 // out[q, c] = s sum_i h[i, q] g[i, c]
 //
-// Work: the rows are cut into chunks. A block owns a chunk, a rank tile and 256 columns, one a thread, and
-// walks its rows in ascending order with the sums in registers; h goes through shared memory. A second kernel
-// adds the chunks in ascending order. The number of chunks follows from the sizes alone and makes about
-// kOuterBlocks blocks. Bytes: g N M sizeof(T) once from memory (the rank tiles of r > 16 read it again from
-// L2), h N r sizeof(Acc) for each column tile from L2, partial sums 2 chunks r M sizeof(Acc), out r M
-// sizeof(T).
+// Work: the rows are cut into chunks. A block owns a chunk, a rank tile and 256 columns, one a thread, and walks
+// its rows with the sums in registers; h goes through shared memory. A second kernel adds the chunks.
+// Bytes: g N M sizeof(T) once (for r > 16 the other rank tiles read it from L2), out r M sizeof(T), partial sums
+// 2 chunks r M sizeof(Acc); from L2, h N r sizeof(Acc) for each column tile.
+// Determinism: the number of chunks follows from the sizes alone (about kOuterBlocks blocks); rows are added in
+// ascending order within a chunk, then the chunks in ascending order.
 
 constexpr int kOuterColumns = 256;
 constexpr int kOuterRows = 32;  // rows of h in shared memory at a time
@@ -207,12 +202,11 @@ inline int64_t outer_chunks(int64_t N, int64_t M, int64_t r) {
 inline int64_t outer_scratch(int64_t N, int64_t M, int64_t r) { return outer_chunks(N, M, r) * r * M; }
 
 template <int Q, typename T, typename Acc>
-__global__ void __launch_bounds__(kOuterColumns)
-    outer_chunk_kernel(const T* __restrict__ g,  // [N, M]
-                       int64_t N, int64_t M,
-                       const Acc* __restrict__ h,  // [N, r]
-                       int64_t r, int64_t chunks,
-                       Acc* __restrict__ partial) {  // [chunks, r, M]
+__global__ void __launch_bounds__(kOuterColumns) outer_chunk_kernel(const T* __restrict__ g,  // [N, M]
+                                                                    int64_t N, int64_t M,
+                                                                    const Acc* __restrict__ h,  // [N, r]
+                                                                    int64_t r, int64_t chunks,
+                                                                    Acc* __restrict__ partial) {  // [chunks, r, M]
   __shared__ __align__(16) Acc weight[kOuterRows][Q];
   const int64_t rank_tiles = ceil_div(r, Q), column_tiles = ceil_div(M, kOuterColumns);
   const int64_t tiles = chunks * column_tiles * rank_tiles, chunk_rows = ceil_div(N, chunks);
@@ -247,11 +241,10 @@ __global__ void __launch_bounds__(kOuterColumns)
 }
 
 template <typename T, typename Acc>
-__global__ void __launch_bounds__(kOuterColumns)
-    outer_finish_kernel(const Acc* __restrict__ partial,  // [chunks, r, M]
-                        int64_t chunks, int64_t M, int64_t r, Acc scaling,
-                        T* __restrict__ out,  // [r, M] or [M, r]
-                        bool rank_major) {
+__global__ void __launch_bounds__(kOuterColumns) outer_finish_kernel(const Acc* __restrict__ partial,  // [chunks, r, M]
+                                                                     int64_t chunks, int64_t M, int64_t r, Acc scaling,
+                                                                     T* __restrict__ out,  // [r, M] or [M, r]
+                                                                     bool rank_major) {
   for (int64_t e = grid_begin(); e < r * M; e += grid_step()) {
     Acc sum = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * r * M + e];

@@ -68,7 +68,7 @@ struct CpuProjection {
   void gather(const Acc* theta_d, const Acc* scale, int64_t d, const int32_t* index, T* out, int64_t n) const {
     std::vector<Acc> scaled(static_cast<size_t>(d));
     for (int64_t j = 0; j < d; ++j) scaled[j] = theta_d[j] * scale[j];
-    std::atomic<int64_t> bad{-1};
+    std::atomic<int64_t> bad{0};  // an index out of range; 0 never is
     parallel(n, 2, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b += kBlock) {
         const int64_t size = std::min(kBlock, end - b);
@@ -80,7 +80,7 @@ struct CpuProjection {
         gather_block(scaled.data(), index + b, out + b, size);
       }
     });
-    if (bad != -1) fail("project", "index: expected values in [0, ", d, "), got ", bad.load());
+    if (bad != 0) fail("project", "index: expected values in [0, ", d, "), got ", bad.load());
   }
 
   template <typename T, typename Acc>

@@ -22,17 +22,15 @@ struct CudaProjection {
   }
 
   template <typename Acc, typename T>
-  void gather(const Acc* theta_d, const Acc* scale, int64_t d, const int32_t* index, T* out,
-              int64_t n) const {
+  void gather(const Acc* theta_d, const Acc* scale, int64_t d, const int32_t* index, T* out, int64_t n) const {
     const Tensor scaled = cuda.scratch(d * static_cast<int64_t>(sizeof(T)), ScalarType::Byte);
-    launch_gather(theta_d, scale, cuda_pointer(data<T>(scaled)), d, index, cuda_pointer(out), n,
-                  cuda.stream());
+    launch_gather(theta_d, scale, cuda_pointer(data<T>(scaled)), d, index, cuda_pointer(out), n, cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
   template <typename T, typename Acc>
-  void segment_sum(const T* grad, int64_t n, const Acc* scale, int64_t d, const int32_t* order,
-                   const int32_t* offsets, Acc* out) const {
+  void segment_sum(const T* grad, int64_t n, const Acc* scale, int64_t d, const int32_t* order, const int32_t* offsets,
+                   Acc* out) const {
     launch_segment_sum(cuda_pointer(grad), n, scale, d, order, offsets, out, cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -9,13 +9,13 @@ namespace unilora {
 
 constexpr int kProjectionBlock = 256;
 
-// ---- index generation
-// -------------------------------------------------------------------------------------------- index[k] =
-// column of position start + k. Integer arithmetic of projection.h, position by position: the same columns as
-// on the CPU. Writes 4 n bytes; bound by arithmetic.
+// ---- index generation -------------------------------------------------------------------------------------
+// index[k] = column of position start + k
+//
+// One thread for a position or a pair of them, by the integer arithmetic of projection.h: the same columns as on
+// the CPU, whatever the grid. Writes 4 n bytes; bound by arithmetic.
 
-// A thread computes one Philox block and so the two positions of a pair; the first and the last pair may be
-// cut.
+// A thread computes one Philox block and so both positions of a pair; the first and last pair may be cut.
 static __global__ void __launch_bounds__(kProjectionBlock)
     uniform_index_kernel(int32_t* __restrict__ index,  // [n]
                          int64_t n, int64_t pairs, uint32_t d, uint64_t seed, uint64_t start) {
@@ -33,8 +33,8 @@ inline void launch_uniform_index(int32_t* index,  // [n]
                                  int64_t n, uint32_t d, uint64_t seed, uint64_t start, cudaStream_t stream) {
   if (n == 0) return;
   const int64_t pairs = ceil_div(static_cast<int64_t>(start % 2) + n, 2);
-  uniform_index_kernel<<<grid_size(pairs, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, pairs,
-                                                                                            d, seed, start);
+  uniform_index_kernel<<<grid_size(pairs, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, pairs, d, seed,
+                                                                                            start);
 }
 
 static __global__ void __launch_bounds__(kProjectionBlock)
@@ -47,34 +47,32 @@ static __global__ void __launch_bounds__(kProjectionBlock)
 inline void launch_balanced_index(int32_t* index,  // [n]
                                   int64_t n, const BalancedMap& map, uint32_t start, cudaStream_t stream) {
   if (n == 0) return;
-  balanced_index_kernel<<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, map,
-                                                                                         start);
+  balanced_index_kernel<<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, map, start);
 }
 
-// ---- gather
-// ------------------------------------------------------------------------------------------------------
-// out[i] = theta_d[index[i]] * scale[index[i]]. The product depends on the column alone, so d products are
-// made first, in the dtype of the result, which also keeps the randomly read table small. Then one thread an
-// element: `index` and `out` stream (n (4 + sizeof T) bytes), the table is read at random, from L2 where it
-// fits (one sector an element). Each element has one writer and one product: the result is the CPU's, bit for
-// bit.
+// ---- gather -----------------------------------------------------------------------------------------------
+// out[i] = theta_d[index[i]] * scale[index[i]]
+//
+// Work: the product depends on the column alone, so d products are made first, in the dtype of the result, which
+// keeps the table small; then one thread copies one element.
+// Bytes: `index` and `out` stream, n (4 + sizeof(T)); the table is read at random, one sector an element, from L2
+// where it fits; making it reads 2 d sizeof(Acc) and writes d sizeof(T).
+// Determinism: an element has one writer and one product; equal to the CPU's, bit for bit.
 
 template <typename T, typename Acc>
-__global__ void __launch_bounds__(kProjectionBlock)
-    scaled_theta_kernel(const Acc* __restrict__ theta_d,  // [d]
-                        const Acc* __restrict__ scale,    // [d]
-                        int64_t d,
-                        T* __restrict__ scaled) {  // [d]
+__global__ void __launch_bounds__(kProjectionBlock) scaled_theta_kernel(const Acc* __restrict__ theta_d,  // [d]
+                                                                        const Acc* __restrict__ scale,    // [d]
+                                                                        int64_t d,
+                                                                        T* __restrict__ scaled) {  // [d]
   for (int64_t j = grid_begin(); j < d; j += grid_step()) scaled[j] = narrow<T>(theta_d[j] * scale[j]);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kProjectionBlock)
-    gather_kernel(const T* __restrict__ scaled,  // [d]
-                  int64_t d,
-                  const int32_t* __restrict__ index,  // [n], in [0, d)
-                  int64_t n,
-                  T* __restrict__ out) {  // [n]
+__global__ void __launch_bounds__(kProjectionBlock) gather_kernel(const T* __restrict__ scaled,  // [d]
+                                                                  int64_t d,
+                                                                  const int32_t* __restrict__ index,  // [n], in [0, d)
+                                                                  int64_t n,
+                                                                  T* __restrict__ out) {  // [n]
   for (int64_t i = grid_begin(); i < n; i += grid_step()) {
     const int32_t column = index[i];
     UNILORA_DEVICE_CHECK(0 <= column && column < d);
@@ -96,26 +94,23 @@ void launch_gather(const Acc* theta_d,    // [d]
   gather_kernel<T><<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(scaled, d, index, n, out);
 }
 
-// ---- segment-sum
-// ------------------------------------------------------------------------------------------------- out[j] =
-// scale[j] * sum of grad[order[k]], k in [offsets[j], offsets[j + 1])
+// ---- segment-sum ------------------------------------------------------------------------------------------
+// out[j] = scale[j] * sum of grad[order[k]], k in [offsets[j], offsets[j + 1])
 //
-// Work: a group of `width` lanes owns a column. Lane l takes the members l, l + width, l + 2 width, ... (so
-// `order` is read in whole sectors), then the lanes are added by a fixed tree. A column with more than
-// kLongColumn members a lane is left to the whole block in the same way, so that one crowded column does not
-// hold up the rest. Bytes: order 4 n, offsets 4 d, scale and out 2 d sizeof(Acc), and one random sector of
-// `grad` an element. Determinism: width and block size follow from n and d, and who adds what in which order
-// from these and the length of the column; no atomics. A column without members gives 0.
+// Work: a group of `width` lanes owns a column. Lane l takes the members l, l + width, l + 2 width, ... (`order` is
+// read in whole sectors), then the lanes are added by a fixed tree. A column with more than kLongColumn members a
+// lane is left to the whole block, in the same way: one crowded column does not hold up the rest.
+// Bytes: order 4 n, offsets 4 d, scale and out 2 d sizeof(Acc), and one random sector of `grad` an element.
+// Determinism: width and block size follow from n and d; who adds what, and in which order, from these and the
+// length of the column. No atomics. A column without members gives 0.
 
 constexpr int64_t kLongColumn = 64;  // members a lane of a group takes at most
 constexpr int kMaxSegmentBlock = 1024;
 
-// What lane `lane` of `lanes` sums: members lane, lane + lanes, ... Four sums in turn keep four loads in
-// flight.
+// The sum of members lane, lane + lanes, lane + 2 lanes, ... Four sums in turn keep four loads in flight.
 template <typename Acc, typename T>
-__device__ __forceinline__ Acc sum_members(const T* __restrict__ grad, int64_t n,
-                                           const int32_t* __restrict__ members, int64_t size, int lane,
-                                           int lanes) {
+__device__ __forceinline__ Acc sum_members(const T* __restrict__ grad, int64_t n, const int32_t* __restrict__ members,
+                                           int64_t size, int lane, int lanes) {
   Acc sum[4] = {0, 0, 0, 0};
   for (int64_t k = lane; k < size; k += 4 * lanes) {
 #pragma unroll
@@ -138,8 +133,7 @@ __device__ Acc block_sum(Acc value) {
   __syncthreads();  // an earlier call's sums have been read
   if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
   __syncthreads();
-  if (threadIdx.x < kWarp)
-    value = lane_sum(threadIdx.x < blockDim.x / kWarp ? warp_sums[threadIdx.x] : Acc(0), kWarp);
+  if (threadIdx.x < kWarp) value = lane_sum(threadIdx.x < blockDim.x / kWarp ? warp_sums[threadIdx.x] : Acc(0), kWarp);
   return value;
 }
 
@@ -166,16 +160,15 @@ __global__ void __launch_bounds__(kMaxSegmentBlock)
       UNILORA_DEVICE_CHECK(0 <= begin && 0 <= size && begin + size <= n);
     }
     const bool is_long = size > kLongColumn * width;
-    const Acc sum =
-        lane_sum(sum_members<Acc>(grad, n, order + begin, is_long ? 0 : size, lane, width), width);
+    const Acc sum = lane_sum(sum_members<Acc>(grad, n, order + begin, is_long ? 0 : size, lane, width), width);
     if (lane == 0 && j < d && !is_long) out[j] = scale[j] * sum;
 
     if (!__syncthreads_or(is_long)) continue;
     for (int64_t c = first; c < d && c < first + columns; ++c) {
       const int64_t c_begin = offsets[c], c_size = offsets[c + 1] - c_begin;
       if (c_size <= kLongColumn * width) continue;
-      const Acc total = block_sum(sum_members<Acc>(
-          grad, n, order + c_begin, c_size, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)));
+      const Acc total = block_sum(sum_members<Acc>(grad, n, order + c_begin, c_size, static_cast<int>(threadIdx.x),
+                                                   static_cast<int>(blockDim.x)));
       if (threadIdx.x == 0) out[c] = scale[c] * total;
     }
   }

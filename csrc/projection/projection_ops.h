@@ -114,7 +114,7 @@ Tensor project_transpose(const Tensor& grad_theta_D, const Tensor& scale, const 
 }  // namespace unilora
 
 // Registers the operators that every device has.
-#define UNILORA_IMPL_PROJECTION(m, Kernels)                                  \
+#define UNILORA_IMPL_PROJECTION(m, Kernels)                                         \
   m.impl("fill_uniform_index", TORCH_BOX(&unilora::fill_uniform_index<Kernels>));   \
   m.impl("fill_balanced_index", TORCH_BOX(&unilora::fill_balanced_index<Kernels>)); \
   m.impl("project", TORCH_BOX(&unilora::project<Kernels>));                         \

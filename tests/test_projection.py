@@ -1,0 +1,246 @@
+"""theta_D = P theta_d and its transpose, against the float64 oracle."""
+
+import math
+
+import pytest
+import torch
+
+import unilora_ext as ul
+from unilora_ext import ops as functions
+from unilora_ext import reference
+
+ops = torch.ops.unilora
+EPS = {t: torch.finfo(t).eps for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
+# D, d: one element, one column, more columns than rows, primes, the demo's size
+SIZES = [(1, 1), (1, 5), (1000, 1), (37, 101), (9973, 127), (10007, 10007), (36864, 4096)]
+KINDS = [ul.UniformProjection, ul.BalancedProjection]
+
+
+def test_toy_example_of_the_paper():
+    index = [0, 1, 0, 2, 0, 1, 2, 0, 1, 2]
+    P = ul.OneHotProjection(index, 3)
+    a, b, c = 0.6, -1.5, 2.0
+    assert P.counts.tolist() == [4, 3, 3]
+    expected = {0: a / 2, 1: b / math.sqrt(3), 2: c / math.sqrt(3)}
+    theta_D = P(torch.tensor([a, b, c], dtype=torch.float64))
+    torch.testing.assert_close(
+        theta_D, torch.tensor([expected[j] for j in index], dtype=torch.float64), rtol=1e-15, atol=0
+    )
+    assert P.index.dtype == P.counts.dtype == torch.int32 and P.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("D", "d"), [(10, 3), (997, 31), (2048, 113), (64, 64)])
+def test_isometry(kind, D, d):
+    """P^T P = I on the columns in use (all of them, when balanced and d <= D)."""
+    P = kind(D, d, seed=int(torch.randint(0, 2**40, ())))
+    used = (P.counts > 0).double()
+    gram = P.dense().T @ P.dense()
+    torch.testing.assert_close(gram, torch.diag(used), rtol=0, atol=1e-14)
+    if kind is ul.BalancedProjection:
+        assert used.all()
+    theta_d = torch.randn(d, dtype=torch.float64) * used
+    torch.testing.assert_close(P(theta_d).norm(), theta_d.norm(), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("D", "d"), SIZES)
+@pytest.mark.parametrize("dtype", EPS)
+def test_forward(device, kind, D, d, dtype):
+    P = kind(D, d, seed=3)
+    theta_d = torch.randn(d, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    theta_D = P(theta_d, dtype=dtype)
+    assert theta_D.dtype == dtype and theta_D.device.type == device.type
+    expected = reference.project(theta_d.cpu(), P.column_scale(), P.index)
+    torch.testing.assert_close(
+        theta_D.cpu().double(),
+        expected,
+        rtol=2 * EPS[dtype] + 2 * EPS[theta_d.dtype],
+        atol=6e-8 if dtype == torch.float16 else 0,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("D", "d"), SIZES)
+@pytest.mark.parametrize("dtype", EPS)
+def test_transpose(device, kind, D, d, dtype):
+    """Error bound of a sum of n terms in the accumulator's precision: n eps sum |term|."""
+    P = kind(D, d, seed=4)
+    g_D = torch.randn(D, device=device).to(dtype)
+    g_d = P.transpose(g_D)
+    assert g_d.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    scale, index = P.column_scale(), P.index
+    expected = reference.project_transpose(g_D.cpu(), scale, index)
+    bound = reference.project_transpose(g_D.cpu().abs(), scale, index) * (P.counts + 2) * EPS[g_d.dtype]
+    assert ((g_d.cpu().double() - expected).abs() <= bound).all()
+
+
+def test_adjoint(device):
+    """<P u, v> = <u, P^T v>."""
+    P = ul.UniformProjection(5001, 77, seed=5)
+    u, v = torch.randn(77, dtype=torch.float64, device=device), torch.randn(5001, dtype=torch.float64, device=device)
+    torch.testing.assert_close(P(u) @ v, u @ P.transpose(v), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(device, kind):
+    P = kind(53, 7, seed=6)
+    theta_d = torch.randn(7, dtype=torch.float64, device=device, requires_grad=True)
+    g_D = torch.randn(53, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(P, theta_d) and torch.autograd.gradgradcheck(P, theta_d)
+    assert torch.autograd.gradcheck(P.transpose, g_D) and torch.autograd.gradgradcheck(P.transpose, g_D)
+
+
+def test_rows_alone_equal_the_whole(device):
+    """A slice of rows, projected without a stored order: same values, same gradient up to summation order."""
+    P = ul.UniformProjection(1000, 31, seed=7)
+    theta_d = torch.randn(31, device=device, requires_grad=True)
+    whole = P(theta_d)
+    weights = torch.randn(1000, device=device)
+    (whole * weights).sum().backward()
+    expected, theta_d.grad = theta_d.grad, None
+    pieces = []
+    for start, stop in [(0, 1), (1, 500), (500, 1000)]:
+        block = functions_block(P, start, stop, device)
+        pieces.append(functions.project(theta_d, block))
+    assert torch.equal(torch.cat(pieces), whole)
+    (torch.cat(pieces) * weights).sum().backward()
+    torch.testing.assert_close(theta_d.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def functions_block(P, start, stop, device):
+    from unilora_ext.projections import RowBlock
+
+    return RowBlock(P, P.columns(start, stop, device), sort=False)
+
+
+def test_block_of_several_ranges(device):
+    P = ul.BalancedProjection(600, 17, seed=8)
+    block = P.block(device, [(10, 50), (300, 301), (500, 600)])
+    theta_d = torch.randn(17, device=device, requires_grad=True)
+    whole, part = P(theta_d), functions.project(theta_d, block)
+    rows = torch.cat([torch.arange(10, 50), torch.arange(300, 301), torch.arange(500, 600)])
+    assert torch.equal(part, whole[rows.to(device)])
+    g = torch.randn(len(rows), device=device)
+    full = torch.zeros(600, device=device)
+    full[rows.to(device)] = g
+    torch.testing.assert_close(functions.project_transpose(g, block), P.transpose(full), rtol=1e-5, atol=1e-5)
+
+
+def test_results_do_not_depend_on_threads_or_repeats(threads):
+    P = ul.UniformProjection(300_007, 9001, seed=9)
+    theta_d, g_D = torch.randn(9001), torch.randn(300_007)
+    results = []
+    for count in (1, 2, 3, *[2] * 20):
+        threads(count)
+        results.append((P(theta_d), P.transpose(g_D)))
+    for theta_D, g_d in results[1:]:
+        assert torch.equal(theta_D, results[0][0]) and torch.equal(g_d, results[0][1])
+
+
+@pytest.mark.cuda
+def test_cuda_gradients_are_bit_equal_over_runs():
+    P = ul.UniformProjection(300_007, 9001, seed=9)
+    g_D = torch.randn(300_007, device="cuda")
+    first = P.transpose(g_D)
+    assert all(torch.equal(P.transpose(g_D), first) for _ in range(100))
+
+
+def test_non_contiguous_and_half_inputs(device):
+    P = ul.UniformProjection(999, 41, seed=10)
+    theta_d, g_D = torch.randn(82, device=device)[::2], torch.randn(1998, device=device)[::2]
+    assert torch.equal(P(theta_d), P(theta_d.contiguous()))
+    assert torch.equal(P.transpose(g_D), P.transpose(g_D.contiguous()))
+    half = torch.randn(41, device=device).bfloat16().requires_grad_()
+    theta_D = P(half)
+    assert theta_D.dtype == torch.bfloat16 and torch.equal(theta_D, P(half.detach().float(), dtype=torch.bfloat16))
+    theta_D.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_segment_order(device):
+    for D, d in SIZES:
+        index = torch.randint(0, d, (D,), dtype=torch.int32)
+        order, offsets = functions.segment_order(index.to(device), d)
+        expected = reference.segment_order(index, d)
+        assert torch.equal(order.cpu(), expected[0]) and torch.equal(offsets.cpu(), expected[1])
+        assert order.dtype == offsets.dtype == torch.int32
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device, requires_grad):
+    D, d = 97, 11
+    index = torch.randint(0, d, (D,), dtype=torch.int32, device=device)
+    order, offsets = functions.segment_order(index, d)
+    scale = torch.rand(d, device=device)
+    theta_d = torch.randn(d, device=device, requires_grad=requires_grad)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(ops.project, (theta_d, scale, index, dtype))
+    g_D = torch.randn(D, device=device, requires_grad=requires_grad)
+    torch.library.opcheck(ops.project_transpose, (g_D, scale, order, offsets))
+    torch.library.opcheck(ops.fill_uniform_index, (index.clone(), d, 1, 3))
+    torch.library.opcheck(ops.fill_balanced_index, (index.clone(), 2 * D, d, 1, 3))
+    if device.type == "cpu":
+        torch.library.opcheck(ops.segment_order, (index, d))
+
+
+def test_operators_differentiate_when_called_directly(device):
+    D, d = 61, 9
+    index = torch.randint(0, d, (D,), dtype=torch.int32, device=device)
+    order, offsets = functions.segment_order(index, d)
+    scale = torch.rand(d, device=device, dtype=torch.float64)
+    theta_d = torch.randn(d, dtype=torch.float64, device=device, requires_grad=True)
+    g_D = torch.randn(D, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: ops.project(t, scale, index, torch.float64), theta_d)
+    assert torch.autograd.gradcheck(lambda g: ops.project_transpose(g, scale, order, offsets), g_D)
+
+
+def test_wrong_arguments_are_named(device):
+    d = 5
+    theta_d, scale = torch.randn(d, device=device), torch.rand(d, device=device)
+    index = torch.arange(d, dtype=torch.int32, device=device)
+    offsets = torch.arange(d + 1, dtype=torch.int32, device=device)
+    cases = [
+        (lambda: ops.project(theta_d.int(), scale, index, torch.float32), "theta_d: expected dtype Float, got Int"),
+        (lambda: ops.project(theta_d, scale[1:], index, torch.float32), r"scale: expected shape \[5\], got \[4\]"),
+        (lambda: ops.project(theta_d, scale.double(), index, torch.float32), "scale: expected dtype Float, got Double"),
+        (lambda: ops.project(theta_d, scale, index.long(), torch.float32), "index: expected dtype Int, got Long"),
+        (
+            lambda: ops.project(theta_d, scale, index, torch.int32),
+            "dtype: expected dtype Float, Double, Half or BFloat16",
+        ),
+        (lambda: ops.project_transpose(theta_d, scale, index[1:], offsets), r"order: expected shape \[5\], got \[4\]"),
+        (lambda: ops.project_transpose(theta_d, scale, index, index), r"offsets: expected shape \[6\], got \[5\]"),
+    ]
+    if device.type == "cpu":  # on CUDA an index out of range stops the kernel, as in PyTorch's own
+        cases += [
+            (lambda: ops.project(theta_d, scale, index + 1, torch.float32), r"index: expected values in \[0, 5\), got 5"),
+            (lambda: ops.project(theta_d, scale, index - 1, torch.float32), r"index: expected values in \[0, 5\), got -1"),
+            (lambda: ops.project_transpose(theta_d, scale, index + 1, offsets), r"members in \[0, 5\)"),
+            (lambda: ops.project_transpose(theta_d, scale, index, offsets + 1), "offsets: expected to run from 0 to 5"),
+        ]  # fmt: skip
+    for call, message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def test_projection_constructors_name_what_is_wrong():
+    cases = [
+        (lambda: ul.UniformProjection(0, 3), r"UniformProjection: D: expected an integer in \[1, \d+\], got 0"),
+        (lambda: ul.BalancedProjection(10, 2.5), "BalancedProjection: d: expected an integer"),
+        (lambda: ul.UniformProjection(10, 3, seed=-1), r"seed: expected an integer in \[0, 2\^63\), got -1"),
+        (lambda: ul.OneHotProjection([0, 3], 3), r"index: expected values in \[0, 3\), got values in \[0, 3\]"),
+        (lambda: ul.OneHotProjection(torch.rand(3), 3), "index: expected a non-empty integer vector"),
+        (lambda: ul.UniformProjection(10, 3)(torch.zeros(4)), r"theta_d: expected a floating tensor of shape \[3\]"),
+        (lambda: ul.UniformProjection(10, 3).columns(5, 11), "rows: expected 0 <= start <= stop <= 10, got 5, 11"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ul.UniLoRAError, match=message):
+            call()
+
+
+def test_tables_take_eight_bytes_an_element():
+    P = ul.UniformProjection(36864, 4096)
+    block = P.block("cpu")
+    assert block.index.nbytes + block.order.nbytes == 8 * P.D
+    assert block.offsets.nbytes + block.scale(torch.float32).nbytes <= 8 * P.d + 4
