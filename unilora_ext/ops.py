@@ -230,9 +230,13 @@ class LoraLinearFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
 
 
+def _autocasting(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a linear layer computes: autocast's where it is on (float64 is left alone), else `dtype`."""
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+    if dtype != torch.float64 and _autocasting(device):
         return torch.get_autocast_dtype(device.type)
     return dtype
 
@@ -255,7 +259,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit; the message names the argument.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasting(x.device):
         dtype = autocast_dtype(x.device, x.dtype)
         x, weight, A, B = (t.to(dtype) for t in (x, weight, A, B))
         bias = None if bias is None else bias.to(dtype)

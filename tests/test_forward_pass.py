@@ -1,0 +1,268 @@
+"""One projection a forward pass, and the same values and gradients however the layers are reached."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from models import Tower, tokens
+
+import unilora_ext as ul
+from unilora_ext import ops
+
+CONFIG = ul.UniLoRAConfig(r=2, d=40, target_modules=["up", "down"], seed=5, init_bound=0.5)
+
+
+@pytest.fixture
+def projections(monkeypatch):
+    """The sizes of all projections made, in order."""
+    sizes, project = [], ops.project
+
+    def counted(theta_d, block, dtype=None):
+        sizes.append(len(block.index))
+        return project(theta_d, block, dtype)
+
+    monkeypatch.setattr(ops, "project", counted)
+    return sizes
+
+
+def gradient(model, loss):
+    adapter = ul.get_adapter(model)
+    adapter.theta_d.grad = None
+    loss.backward()
+    return adapter.theta_d.grad.clone()
+
+
+def test_one_projection_a_forward(projections):
+    model, x = Tower(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    for _ in range(3):
+        model(x).sum().backward()
+        with torch.no_grad():
+            model(x)
+    assert projections == [adapter.projection.D] * 6
+
+
+@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_activation_checkpointing(mode, dtype):
+    model, x = Tower().to(dtype), tokens()
+    ul.attach(model, CONFIG)
+    y = model(x)
+    expected = gradient(model, y.square().sum())
+    model.checkpointing = mode
+    again = model(x)
+    assert torch.equal(again, y)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(gradient(model, again.square().sum()), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_gradient_accumulation_and_evaluation_in_between():
+    model, first, second = Tower().double(), tokens(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    expected = gradient(model, model(first).square().sum()) + gradient(model, model(second).square().sum())
+    adapter.theta_d.grad = None
+    model(first).square().sum().backward()
+    model.eval()
+    with torch.no_grad():
+        model(second)
+    with torch.inference_mode():
+        model(second)
+    model.train()
+    model(second).square().sum().backward()
+    torch.testing.assert_close(adapter.theta_d.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_two_forwards_before_one_backward():
+    model, first, second = Tower().double(), tokens(), tokens()
+    ul.attach(model, CONFIG)
+    expected = gradient(model, model(first).sum()) + gradient(model, model(second).square().sum())
+    both = model(first).sum() + model(second).square().sum()
+    torch.testing.assert_close(gradient(model, both), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sub_module_called_alone(projections):
+    model = Tower().double()
+    adapter = ul.attach(model, CONFIG)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    seen = {}
+    handle = model.blocks[1].register_forward_hook(lambda m, args, out: seen.update(inside=(args[0], out)))
+    model(tokens())
+    handle.remove()
+    inside_x, inside_y = seen["inside"]
+    assert torch.equal(model.blocks[1](inside_x), inside_y)
+
+    del projections[:]
+    model.blocks[1](x).square().sum().backward()
+    slot = adapter.vector.slots[2]
+    assert projections == [slot.stop - slot.start, adapter.vector.slots[3].stop - adapter.vector.slots[3].start]
+    alone = adapter.theta_d.grad.clone()
+
+    only = Tower().double()
+    only.load_state_dict({k: v for k, v in model.state_dict().items() if k != "unilora.theta_d"})
+    reference = ul.attach(only, CONFIG)
+    with torch.no_grad():
+        reference.theta_d.copy_(adapter.theta_d)
+    only.forward = lambda x: only.blocks[1](x)
+    only(x).square().sum().backward()
+    torch.testing.assert_close(alone, reference.theta_d.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("write", ["data", "set_data", "copy", "optimizer"])
+def test_every_write_to_theta_d_is_seen_by_the_next_forward(write):
+    model, x = Tower(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    y = model(x)
+    value = torch.randn_like(adapter.theta_d)
+    if write == "data":
+        adapter.theta_d.data.copy_(value)
+    elif write == "set_data":
+        adapter.theta_d.data = value
+    elif write == "copy":
+        with torch.no_grad():
+            adapter.theta_d.copy_(value)
+    else:
+        y.square().sum().backward()
+        torch.optim.AdamW([adapter.theta_d], lr=0.1).step()
+        value = adapter.theta_d.detach().clone()
+    now = model(x)
+    assert not torch.equal(now, y)
+    fresh = copy.deepcopy(model)
+    assert torch.equal(fresh(x), now) and torch.equal(adapter.theta_d, value)
+
+
+def test_gradients_wanted_inside_a_forward_without_them():
+    """A layer that runs under enable_grad while the model's forward runs under no_grad."""
+    model, x = Tower(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    block, inner = model.blocks[1], {}
+    plain = block.forward
+
+    def forward(x):
+        with torch.enable_grad():
+            inner["loss"] = plain(x.detach()).square().sum()
+        return plain(x)
+
+    block.forward = forward
+    with torch.no_grad():
+        model(x)
+    inner["loss"].backward()
+    assert adapter.theta_d.grad.abs().sum() > 0
+
+
+def test_a_forward_that_raises_leaves_nothing_behind(projections):
+    model, x = Tower(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    y = model(x)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[10**6]]))
+    assert adapter.vector._step is None
+    with torch.no_grad():
+        adapter.theta_d.mul_(3)
+    layer = model.blocks[0].up
+    A, _ = layer.lora_factors()
+    torch.testing.assert_close(A, copy.deepcopy(layer).lora_factors()[0])
+    assert not torch.equal(model(x), y)
+
+
+def test_two_models_do_not_disturb_each_other():
+    first, second, x = Tower(), Tower(), tokens()
+    ul.attach(first, CONFIG)
+    ul.attach(second, ul.UniLoRAConfig(r=3, d=30, target_modules=["up"], seed=6))
+    alone = first(x), second(x)
+
+    def run_second(*_):
+        second(x)
+
+    first.blocks[0].register_forward_hook(run_second)
+    assert torch.equal(first(x), alone[0]) and torch.equal(second(x), alone[1])
+
+
+def test_threads_share_one_model():
+    model = Tower().eval()
+    ul.attach(model, CONFIG)
+    inputs = [tokens() for _ in range(8)]
+    expected = [model(x).detach() for x in inputs]
+    wrong = []
+
+    def run(k):
+        for _ in range(30):
+            with torch.no_grad() if k % 2 else torch.enable_grad():
+                if not torch.equal(model(inputs[k]).detach(), expected[k]):
+                    wrong.append(k)
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_model_on_several_devices(projections):
+    """Half of the layers on meta: each device gets one projection, of its own rows."""
+    model = Tower()
+    adapter = ul.attach(model, CONFIG)
+    cpu = copy.deepcopy(model)
+    y = cpu.blocks[0](torch.ones(2, 12))
+    model.blocks[1].to("meta")
+    model.blocks[2].to("meta")
+
+    def forward(x):
+        first = model.blocks[0](x)
+        return first, model.blocks[2](model.blocks[1](first.to("meta")))
+
+    model.forward = forward
+    del projections[:]
+    first, second = model(torch.ones(2, 12))
+    assert torch.equal(first, y) and second.is_meta
+    sizes = [slot.stop - slot.start for slot in adapter.vector.slots]
+    assert projections == [sum(sizes[:2]), sum(sizes[2:])]
+
+
+def test_layers_that_move_later():
+    """Moving the model, or a part of it, after the first forward."""
+    model, x = Tower(), tokens()
+    ul.attach(model, CONFIG)
+    y = model(x)
+    adapter = ul.get_adapter(model)
+    for move in (lambda: model.to(torch.float64), lambda: model.to(torch.float32)):
+        move()
+        torch.testing.assert_close(model(x).float(), y, rtol=1e-5, atol=1e-5)
+    assert adapter.theta_d.dtype == torch.float32
+    model.blocks[2].to("meta")
+    model.forward = lambda x: model.blocks[2](model.blocks[1](x).to("meta"))
+    assert model(torch.ones(2, 12)).is_meta
+
+
+def test_a_half_precision_model_keeps_float32_sums():
+    model, x = Tower().bfloat16(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    assert adapter.theta_d.dtype == torch.float32
+    model(x).float().sum().backward()
+    assert adapter.theta_d.grad.dtype == torch.float32
+    model.bfloat16()  # casts theta_d too: it still works
+    assert adapter.theta_d.dtype == torch.bfloat16
+    model(x).float().sum().backward()
+
+
+def test_autocast_projects_once_in_its_dtype(projections):
+    model, x = Tower(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16 and projections == [adapter.projection.D]
+    y.float().sum().backward()
+    assert adapter.theta_d.grad.dtype == torch.float32 and adapter.theta_d.grad.abs().sum() > 0
+
+
+def test_sequential_model():
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+    x = torch.randn(4, 6)
+    y = model(x)
+    adapter = ul.attach(model, ul.UniLoRAConfig(r=2, d=10, target_modules="all-linear", init_bound=1.0))
+    assert model(x).shape == (4, 3) and not torch.equal(model(x), y)
+    adapter.detach()
+    assert torch.equal(model(x), y)
