@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def package_folder(name: str) -> Path:
 
 
 def program(name: str) -> str:
-    """A build program: the pip package of that name (found in a venv that is not activated too), else PATH."""
+    """A build program: the pip package of that name (also in a venv that is not activated), else PATH."""
     suffix = ".exe" if os.name == "nt" else ""
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.submodule_search_locations:
@@ -58,6 +59,7 @@ class CMakeBuild(build_ext):
         ]
         if importlib.util.find_spec("pybind11"):
             configure.append(f"-DUNILORA_PYBIND11_INCLUDE={package_folder('pybind11') / 'include'}")
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         self.check_call(configure)
         jobs = os.environ.get("MAX_JOBS")
         self.check_call([cmake, "--build", str(build), *(["--parallel", jobs] if jobs else [])])

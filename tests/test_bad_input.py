@@ -1,0 +1,160 @@
+"""Wrong calls: the message says what was wrong, what was expected and what came, and the model is as it was.
+
+Damaged adapter files are in test_checkpoint.py, wrong operator arguments beside each operator's tests.
+"""
+
+import pytest
+import torch
+from models import Tower, assert_unchanged, snapshot
+from torch import nn
+
+import unilora_ext as ul
+from unilora_ext.integrations import peft as peft_format
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.linear = nn.Linear(8, 8)
+
+
+def adapted(**changes):
+    return {"target_modules": ["up", "down"], "r": 2, "d": 20, **changes}
+
+
+WRONG_ATTACH = {
+    "a name that no module has": (
+        Tower,
+        adapted(target_modules=["up", "downn"]),
+        r"target_modules: no module of Tower is named 'downn'.* it has the linear layers down \(x3\), head \(x1\), up "
+        r"\(x3\); close names: \['down'\]",
+    ),
+    "a pattern that matches nothing": (
+        Tower,
+        adapted(target_modules="layers.*"),
+        r"expected a module whose whole name matches 'layers\.\*', Tower has the linear layers",
+    ),
+    "a module that is not linear": (
+        Tower,
+        adapted(target_modules=["embed"]),
+        r"'embed' \(Embedding\) cannot be adapted: expected a torch.nn.Linear or a transformers Conv1D",
+    ),
+    "a container": (Tower, adapted(target_modules=["blocks"]), r"'blocks' \(ModuleList\) cannot be adapted"),
+    "a layer whose parent reads its weight": (
+        Attention,
+        adapted(target_modules=["out_proj"]),
+        r"'attention.out_proj' .*MultiheadAttention reads its weight and never calls it",
+    ),
+    "more columns than rows": (
+        Tower,
+        adapted(d=10**6),
+        r"d: expected at most D = \d+, the number of LoRA values of the 6 target modules at r = 2; got 1000000",
+    ),
+    "a module adapted and trained whole": (
+        Tower,
+        adapted(modules_to_save=["blocks.1"]),
+        r"'blocks.1.up' is also in modules_to_save \['blocks.1'\]: choose one",
+    ),
+    "a module to save that does not exist": (
+        Tower,
+        adapted(modules_to_save=["classifier"]),
+        r"modules_to_save: no module of Tower is named 'classifier'",
+    ),
+    "a model without linear layers": (
+        lambda: nn.Sequential(nn.Embedding(3, 3)),
+        adapted(target_modules="all-linear"),
+        r"expected any linear layer .*, Sequential has no linear layers",
+    ),
+    "a linear layer itself": (lambda: nn.Linear(3, 3), adapted(), "use UniLoRALinear.from_linear"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ATTACH)
+def test_attach_refuses_and_changes_nothing(case):
+    make, arguments, message = WRONG_ATTACH[case]
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ul.AttachError, match=message):
+        ul.attach(model, ul.UniLoRAConfig(**arguments))
+    assert_unchanged(model, before)
+
+
+def test_attach_refuses_what_is_adapted_already():
+    model = Tower()
+    ul.attach(model, ul.UniLoRAConfig(**adapted()))
+    before = snapshot(model)
+    with pytest.raises(ul.AttachError, match="Tower has an adapter"):
+        ul.attach(model, ul.UniLoRAConfig(**adapted()))
+    outer = nn.ModuleDict({"inner": model})
+    with pytest.raises(
+        ul.AttachError, match=r"'inner.blocks.0.up' \(UniLoRALinear\) .* has a Uni-LoRA adapter already"
+    ):
+        ul.attach(outer, ul.UniLoRAConfig(**adapted()))
+    assert_unchanged(model, before)
+
+
+def test_attach_refuses_a_replaced_forward():
+    """Offloading hooks replace `forward` on the instance: the update would silently have no effect."""
+    model = Tower()
+    layer = model.blocks[0].up
+    layer.forward = layer.forward
+    with pytest.raises(ul.AttachError, match=r"'blocks.0.up' .* its forward was replaced on the instance"):
+        ul.attach(model, ul.UniLoRAConfig(**adapted()))
+
+
+def test_attach_refuses_other_kinds_of_linear():
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).round()
+
+    model = nn.Sequential(Quantised(3, 3))
+    with pytest.raises(ul.AttachError, match=r"'0' \(Quantised\) cannot be adapted: expected a torch.nn.Linear or"):
+        ul.attach(model, ul.UniLoRAConfig(**adapted(target_modules=["0"])))
+    integer = nn.Sequential(nn.Linear(3, 3))
+    integer[0].weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ul.AttachError, match=r"'0' .* expected a floating weight, got torch.int8"):
+        ul.attach(integer, ul.UniLoRAConfig(**adapted(target_modules=["0"])))
+
+
+def test_arguments_of_the_wrong_kind():
+    with pytest.raises(ul.AttachError, match=r"attach: model: expected a torch.nn.Module, got dict"):
+        ul.attach({}, ul.UniLoRAConfig())
+    with pytest.raises(ul.AttachError, match=r"attach: config: expected a UniLoRAConfig, got dict"):
+        ul.attach(Tower(), {"r": 4})
+    with pytest.raises(ul.AttachError, match=r"get_adapter: Tower has no Uni-LoRA adapter"):
+        ul.get_adapter(Tower())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(r=0), "r: expected an integer >= 1, got 0"),
+        (dict(r=4.0), r"r: expected an integer >= 1, got 4\.0"),
+        (dict(d=-3), "d: expected an integer >= 1 or None, got -3"),
+        (dict(seed=2**63), r"seed: expected an integer in \[0, 2\^63\)"),
+        (dict(alpha="8"), "alpha: expected a number or None, got '8'"),
+        (dict(dropout=1.0), r"dropout: expected a number in \[0, 1\), got 1\.0"),
+        (dict(init_bound=0.0), r"init_bound: expected a number > 0, got 0\.0"),
+        (dict(projection="unifrom"), r"projection: expected one of \['balanced', 'uniform'\], got 'unifrom'"),
+        (dict(target_modules=[]), "target_modules: expected at least one name"),
+        (dict(target_modules=["q", 3]), "target_modules: expected a list of module names"),
+        (
+            dict(target_modules="(q"),
+            r"target_modules: expected a list, 'all-linear' or a regular expression, got '\(q'",
+        ),
+        (dict(modules_to_save="head"), "modules_to_save: expected a list of module names, got 'head'"),
+    ],
+)
+def test_configuration_refuses(arguments, message):
+    with pytest.raises(ul.UniLoRAError, match=message):
+        ul.UniLoRAConfig(**arguments)
+
+
+def test_export_needs_an_attached_adapter(tmp_path):
+    model = Tower()
+    adapter = ul.attach(model, ul.UniLoRAConfig(**adapted()))
+    adapter.detach()
+    with pytest.raises(ul.AttachError, match="detached"):
+        peft_format.export_lora(adapter, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
