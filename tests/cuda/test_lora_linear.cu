@@ -1,6 +1,5 @@
 // Tests of lora_linear_kernels.cuh against sums in double precision: every dtype, both factor layouts, ranks
-// within and beyond a rank tile, sizes that fill no tile, empty sizes, and (on a GPU with room) matrices of
-// more than 2^31 elements.
+// within and beyond a rank tile, sizes that fill no tile, empty sizes; on a GPU also more than 2^31 elements.
 #include "lora_linear/lora_linear_kernels.cuh"
 #include "testing.h"
 
@@ -14,9 +13,7 @@ struct LoraTest {
   Values values;
   std::string sizes;
 
-  std::string name(const char* kernel) const {
-    return std::string(kernel) + "<" + Type<T>::name + ">: " + sizes;
-  }
+  std::string name(const char* kernel) const { return std::string(kernel) + "<" + Type<T>::name + ">: " + sizes; }
   // P [r, C] as it is stored
   int64_t at(int64_t q, int64_t c) const { return rank_major ? q * C + c : c * r + q; }
 
@@ -62,8 +59,7 @@ struct LoraTest {
         Sum sum;
         sum.add(exact(y[i * C + c]));
         for (int64_t q = 0; q < r; ++q) sum.add(s * exact(h[i * r + q]) * exact(P[at(q, c)]));
-        compare("rank_update", i, c, exact(got[i * C + c]), close<T, Acc>(got[i * C + c], sum, 1, values),
-                sum.value);
+        compare("rank_update", i, c, exact(got[i * C + c]), close<T, Acc>(got[i * C + c], sum, 1, values), sum.value);
       }
     }
   }
@@ -86,8 +82,7 @@ struct LoraTest {
       for (int64_t c = 0; c < C; ++c) {
         Sum sum;
         for (int64_t i = 0; i < N; ++i) sum.add(exact(h[i * r + q]) * exact(g[i * C + c]));
-        compare("outer", q, c, exact(got[at(q, c)]), close<T, Acc>(got[at(q, c)], sum, s, values),
-                s * sum.value);
+        compare("outer", q, c, exact(got[at(q, c)]), close<T, Acc>(got[at(q, c)], sum, s, values), s * sum.value);
       }
     }
   }

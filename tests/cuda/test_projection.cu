@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 
 #include "projection/projection_kernels.cuh"
 #include "testing.h"
@@ -11,8 +12,7 @@
 using namespace testing;
 using std::to_string;
 
-// ---- Philox
-// ------------------------------------------------------------------------------------------------------
+// ---- Philox -----------------------------------------------------------------------------------------------
 
 struct KnownAnswer {
   uint32_t counter[4], key[2], word[4];
@@ -36,8 +36,7 @@ __global__ void philox_kernel(uint64_t seed, uint64_t counter, uint64_t stream, 
 
 void test_philox() {
   for (const KnownAnswer& known : kKnownAnswers) {
-    const uint64_t seed = joined(known.key), counter = joined(known.counter),
-                   stream = joined(known.counter + 2);
+    const uint64_t seed = joined(known.key), counter = joined(known.counter), stream = joined(known.counter + 2);
     const unilora::PhiloxBlock host = unilora::philox4x32_10(seed, counter, stream);
     check(std::equal(host.word, host.word + 4, known.word), "philox4x32_10: host differs from Random123");
     const Device<unilora::PhiloxBlock> device(1);
@@ -47,8 +46,7 @@ void test_philox() {
   }
 }
 
-// ---- index generation
-// --------------------------------------------------------------------------------------------
+// ---- index generation -------------------------------------------------------------------------------------
 
 void test_uniform_index(std::mt19937_64& generator) {
   const uint64_t starts[] = {0, 1, 2, 7, 12345678901ULL, (UINT64_C(1) << 62) + 3};
@@ -65,8 +63,8 @@ void test_uniform_index(std::mt19937_64& generator) {
         const unilora::ColumnPair pair = unilora::uniform_columns(seed, position / 2, d);
         wanted[k] = static_cast<int32_t>(position % 2 == 0 ? pair.even : pair.odd);
       }
-      check(device.values() == wanted, "uniform_index: start " + to_string(start) + ", n " + to_string(n) +
-                                           ", d " + to_string(d) + ", seed " + to_string(seed));
+      check(device.values() == wanted, "uniform_index: start " + to_string(start) + ", n " + to_string(n) + ", d " +
+                                           to_string(d) + ", seed " + to_string(seed));
     }
   }
 }
@@ -91,8 +89,7 @@ void test_balanced_index(std::mt19937_64& generator) {
     const Device<int32_t> device(static_cast<size_t>(c.n));
     unilora::launch_balanced_index(device.get(), c.n, map, c.start, nullptr);
     std::vector<int32_t> wanted(static_cast<size_t>(c.n));
-    for (int64_t k = 0; k < c.n; ++k)
-      wanted[k] = static_cast<int32_t>(map.column(c.start + static_cast<uint32_t>(k)));
+    for (int64_t k = 0; k < c.n; ++k) wanted[k] = static_cast<int32_t>(map.column(c.start + static_cast<uint32_t>(k)));
     const std::vector<int32_t> got = device.values();
     const std::string name =
         "balanced_index: D " + to_string(c.D) + ", d " + to_string(c.d) + ", seed " + to_string(seed);
@@ -105,8 +102,7 @@ void test_balanced_index(std::mt19937_64& generator) {
   }
 }
 
-// ---- gather and segment-sum
-// --------------------------------------------------------------------------------------
+// ---- gather and segment-sum -------------------------------------------------------------------------------
 
 struct Shape {
   int64_t D, d;
@@ -133,16 +129,16 @@ void test_gather(std::mt19937_64& generator, const Shape& shape) {
   const Device<int32_t> index_d(index);
   const auto run = [&] {
     const Device<T> scaled(shape.d), out(shape.D);
-    unilora::launch_gather(theta_d.get(), scale_d.get(), scaled.get(), shape.d, index_d.get(), out.get(),
-                           shape.D, nullptr);
+    unilora::launch_gather(theta_d.get(), scale_d.get(), scaled.get(), shape.d, index_d.get(), out.get(), shape.D,
+                           nullptr);
     return out.values();
   };
   const std::vector<T> got = run();
   check(same_bits(got, run()), name + ": two launches differ");
   for (int64_t i = 0; i < shape.D; ++i) {
     const T wanted = rounded<T>(exact(theta[index[i]] * scale[index[i]]));
-    check(exact(got[i]) == exact(wanted), name + ", i " + to_string(i) + ": expected " +
-                                              to_string(exact(wanted)) + ", got " + to_string(exact(got[i])));
+    check(exact(got[i]) == exact(wanted), name + ", i " + to_string(i) + ": expected " + to_string(exact(wanted)) +
+                                              ", got " + to_string(exact(got[i])));
   }
 }
 
@@ -181,8 +177,7 @@ void test_segment_sum(std::mt19937_64& generator, const Shape& shape, Values val
 template <typename T, typename Acc>
 void test_projection(std::mt19937_64& generator) {
   // D = 0; one element; d = 1; d > D; few and many members a column; a column that a whole block sums
-  const Shape shapes[] = {{0, 5},      {1, 1},     {701, 1}, {17, 301},
-                          {1021, 333}, {999, 101}, {801, 9}, {777, 300, true}};
+  const Shape shapes[] = {{0, 5}, {1, 1}, {701, 1}, {17, 301}, {1021, 333}, {999, 101}, {801, 9}, {777, 300, true}};
   for (const Shape& shape : shapes) {
     test_gather<T, Acc>(generator, shape);
     test_segment_sum<T, Acc>(generator, shape, Values::kReal);
@@ -190,11 +185,9 @@ void test_projection(std::mt19937_64& generator) {
   }
 }
 
-// ---- indices out of range
-// ----------------------------------------------------------------------------------------
+// ---- indices out of range ---------------------------------------------------------------------------------
 
-// Runs a launch in a process of its own, which a device check stops. Must come before the first use of the
-// device.
+// Whether a device check stops a launch, tried in a child process. Only before the first use of the device.
 template <typename Body>
 bool stops(const Body& body) {
   std::fflush(stdout);
@@ -206,7 +199,8 @@ bool stops(const Body& body) {
   }
   int status = 0;
   waitpid(child, &status, 0);
-  return WIFSIGNALED(status) || WEXITSTATUS(status) == 3 || WEXITSTATUS(status) == 128 + SIGABRT;
+  if (WIFSIGNALED(status)) return WTERMSIG(status) == SIGABRT;
+  return WEXITSTATUS(status) == 3 || WEXITSTATUS(status) == 128 + SIGABRT;
 }
 
 void test_out_of_range() {
@@ -217,10 +211,8 @@ void test_out_of_range() {
   };
   const auto segment_sum = [](int32_t member, int32_t last_offset) {
     const Device<float> grad(std::vector<float>{1, 2}), scale(std::vector<float>{1, 1}), out(2);
-    const Device<int32_t> order(std::vector<int32_t>{0, member}),
-        offsets(std::vector<int32_t>{0, 1, last_offset});
-    unilora::launch_segment_sum(grad.get(), 2, scale.get(), 2, order.get(), offsets.get(), out.get(),
-                                nullptr);
+    const Device<int32_t> order(std::vector<int32_t>{0, member}), offsets(std::vector<int32_t>{0, 1, last_offset});
+    unilora::launch_segment_sum(grad.get(), 2, scale.get(), 2, order.get(), offsets.get(), out.get(), nullptr);
   };
   check(!stops([&] { gather(2); }), "gather: index 2 of d = 3 was refused");
   check(stops([&] { gather(3); }), "gather: index 3 of d = 3 was not refused");

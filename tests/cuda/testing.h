@@ -1,6 +1,5 @@
 // Common parts of the kernel tests: device memory, random inputs, comparison, checks that name what failed.
-// The tests are ordinary CUDA programs: argv[1] is the seed of their inputs; they return 0 when all checks
-// pass.
+// The tests are ordinary CUDA programs; argv[1] is the seed of their inputs; 0 is returned if all checks pass.
 #pragma once
 
 #include <cmath>
@@ -43,13 +42,13 @@ constexpr size_t kMargin = 0;
 constexpr size_t kMargin = 256;
 #endif
 
-// Device copy of a vector, or n elements of garbage. T: any trivially copyable type.
+// Device copy of a vector, or n elements of garbage (NaN, -1). T: any trivially copyable type.
 template <typename T>
 class Device {
  public:
   explicit Device(size_t n) : n_(n) {
     CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&p_), bytes() + kMargin));
-    CUDA_CHECK(cudaMemset(p_, 0xA5, bytes() + kMargin));
+    CUDA_CHECK(cudaMemset(p_, 0xFF, bytes() + kMargin));
   }
   explicit Device(const std::vector<T>& values) : Device(values.size()) {
     CUDA_CHECK(cudaMemcpy(p_, values.data(), bytes(), cudaMemcpyHostToDevice));
@@ -65,10 +64,9 @@ class Device {
     std::vector<T> out(n_);
     CUDA_CHECK(cudaMemcpy(out.data(), p_, bytes(), cudaMemcpyDeviceToHost));
     std::vector<unsigned char> margin(kMargin);
-    CUDA_CHECK(cudaMemcpy(margin.data(), reinterpret_cast<const char*>(p_) + bytes(), kMargin,
-                          cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(margin.data(), reinterpret_cast<const char*>(p_) + bytes(), kMargin, cudaMemcpyDeviceToHost));
     for (const unsigned char byte : margin) {
-      if (byte != 0xA5) {
+      if (byte != 0xFF) {
         check(false, "write past the end of an array");
         break;
       }
@@ -82,8 +80,7 @@ class Device {
   size_t bytes() const { return n_ * sizeof(T); }
 };
 
-// ---- dtypes
-// ------------------------------------------------------------------------------------------------------
+// ---- dtypes -----------------------------------------------------------------------------------------------
 
 // unit: largest relative error of a rounding; tiny: largest absolute one among subnormals
 template <typename T>
@@ -128,8 +125,7 @@ double exact(T value) {
   }
 }
 
-// ---- inputs
-// ------------------------------------------------------------------------------------------------------
+// ---- inputs -----------------------------------------------------------------------------------------------
 
 // kReal: values in [-1, 1). kInteger: whole numbers in [-3, 3], of which every sum in these tests is exact in
 // float, so that results must be equal and a single lost or doubled term shows.
@@ -145,8 +141,7 @@ std::vector<T> random_values(std::mt19937_64& generator, size_t n, Values values
   return out;
 }
 
-// ---- comparison
-// --------------------------------------------------------------------------------------------------
+// ---- comparison -------------------------------------------------------------------------------------------
 
 // A sum in the oracle's double precision: its value, and the sum of its terms' magnitudes.
 struct Sum {
@@ -165,9 +160,8 @@ template <typename T, typename Acc>
 bool close(T got, const Sum& sum, double factor, Values values) {
   const double wanted = factor * sum.value;
   if (values == Values::kInteger) return exact(got) == exact(rounded<T>(wanted));
-  const double bound =
-      static_cast<double>(sum.terms + 4) * Type<Acc>::unit * std::fabs(factor) * sum.magnitude +
-      1.01 * Type<T>::unit * std::fabs(wanted) + Type<T>::tiny;
+  const double bound = static_cast<double>(sum.terms + 4) * Type<Acc>::unit * std::fabs(factor) * sum.magnitude +
+                       1.01 * Type<T>::unit * std::fabs(wanted) + Type<T>::tiny;
   return std::fabs(exact(got) - wanted) <= bound;  // false for NaN
 }
 
