@@ -1,0 +1,112 @@
+"""``unilora inspect``, ``merge`` and ``export``: what can be done with a saved adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+from unilora_ext.checkpoint import AdapterFile, read
+from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.predict import check_target, write
+
+__all__ = ["export", "inspect", "merge"]
+
+
+def inspect(arguments: Namespace) -> None:
+    """Prints what an adapter folder holds. No model is needed."""
+    check_target(arguments.json, None)
+    file = read(arguments.adapter)
+    if arguments.json is not None:
+        write(arguments.json, json.dumps(dict(file.record), indent=2) + "\n")
+    record, theta_d = file.record, file.theta_d.double()
+    lines = {
+        "adapter": str(arguments.adapter),
+        "written by": f"unilora_ext {record['library_version']}, format version {record['format_version']}",
+        "base model": record["base_model"] or "not recorded",
+        "theta_d": f"d = {record['d']:,} numbers ({str(file.theta_d.dtype).removeprefix('torch.')}), "
+        f"norm {theta_d.norm():.4g}, largest {theta_d.abs().max():.4g}",
+        "LoRA values": f"D = {record['D']:,} (D / d = {record['D'] / record['d']:.4g}), r = {record['r']}, "
+        f"scaling {record['scaling']:g}",
+        "projection": ", ".join(f"{key} {value}" for key, value in record["projection"].items()),
+        "modules": _modules(file),
+        "trained whole": ", ".join(file.config.modules_to_save) or "none",
+        "fingerprint": record["fingerprint"],
+    }
+    for kind, entry in record["files"].items():
+        lines[f"file {kind}"] = f"{entry['bytes']:,} bytes, {entry['name']}"
+    for key, value in file.metadata.items():
+        lines[key.replace("_", " ")] = value if isinstance(value, str) else json.dumps(value)
+    width = max(map(len, lines))
+    print("\n".join(f"{key:<{width}}  {value}" for key, value in lines.items()))
+
+
+def _modules(file: AdapterFile) -> str:
+    kinds = Counter((name.rpartition(".")[2], m, n) for name, m, n in file.modules)
+    return f"{len(file.modules)}: " + ", ".join(f"{name} [{m}, {n}] x {count}" for (name, m, n), count in kinds.items())
+
+
+def merge(arguments: Namespace) -> None:
+    """Writes the base model with the update folded in, and its tokenizer, as a Transformers model folder."""
+    need("transformers")
+    output = _new_folder(arguments.output)
+
+    from unilora_ext.cli.model import load_task_model, quiet_bars
+
+    classifier, _ = load_task_model(arguments.adapter, arguments.model)
+    model = classifier.adapter.detach(merge=True)
+    with _Folder(output) as folder, quiet_bars():
+        model.save_pretrained(folder)
+        classifier.tokenizer.save_pretrained(folder)
+    print(
+        f"wrote a {type(model).__name__} with its tokenizer to {output}; load it with\n"
+        f"  transformers.AutoModelForSequenceClassification.from_pretrained({str(output)!r})"
+    )
+
+
+def export(arguments: Namespace) -> None:
+    """Writes the same update as plain LoRA matrices in PEFT's format."""
+    need("transformers")
+    output = _new_folder(arguments.output)
+
+    from unilora_ext.cli.model import load_task_model
+
+    classifier, file = load_task_model(arguments.adapter, arguments.model)
+    with _Folder(output) as folder:
+        classifier.adapter.export_lora(folder)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    own = sum(entry["bytes"] for entry in file.record["files"].values())
+    print(
+        f"wrote a PEFT LoRA adapter of rank {file.config.r} to {output} ({size:,} bytes; the Uni-LoRA adapter: "
+        f"{own:,}); load it with\n  peft.PeftModel.from_pretrained(model, {str(output)!r})"
+    )
+
+
+def _new_folder(path: str) -> Path:
+    output = Path(path)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        got = "one with files in it" if output.is_dir() else "a file"
+        raise CliError(f"--output {path}: expected a new or empty folder, got {got}")
+    if not output.absolute().parent.is_dir():
+        raise CliError(f"--output {path}: expected a name in an existing folder, got no folder {output.parent}")
+    return output
+
+
+class _Folder:
+    """A folder written beside its place and renamed at the end, so that it is there whole or not at all."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.temporary = output, output.absolute().with_name(f".{output.name}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir()
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.temporary.replace(self.output)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)

@@ -1,0 +1,112 @@
+"""The arguments of every sub-command. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from unilora_ext.cli.settings import Settings, option_name
+
+__all__ = ["make_parser"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; ``run`` of its result is ``module:function``."""
+    parser = argparse.ArgumentParser(
+        prog="unilora",
+        description="Uni-LoRA: fine-tuning with one short trainable vector. 'unilora demo' shows it in a few minutes.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    def add(name: str, run: str, text: str, details: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}. {details}".strip(), allow_abbrev=False
+        )
+        command.set_defaults(run=f"unilora_ext.cli.{run}")
+        return command
+
+    finetune = add(
+        "finetune",
+        "finetune:command",
+        "fine-tune a Transformers encoder for text classification",
+        "Writes into --output: adapter/ (the best one), report/ (metrics.json, report.png), checkpoints/, run.json, "
+        "validation.csv. An interrupted run goes on with 'unilora finetune --resume FOLDER'.",
+    )
+    _add_settings(finetune)
+    finetune.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with this run")
+    finetune.add_argument(
+        "--overwrite", action="store_true", default=argparse.SUPPRESS, help="replace the run in --output"
+    )
+
+    evaluate = add("evaluate", "predict:evaluate", "accuracy and loss of a saved adapter on labelled rows")
+    _add_adapter(evaluate)
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="a .csv or .jsonl file with text and label")
+    evaluate.add_argument("--label-column", metavar="NAME", help="name of the label column (default: as in training)")
+    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
+
+    predict = add("predict", "predict:predict", "labels and probabilities of texts by a saved adapter")
+    _add_adapter(predict)
+    predict.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
+    predict.add_argument("--data", metavar="FILE", help="a .csv or .jsonl file with texts")
+    predict.add_argument("--output", metavar="FILE", help="write .csv or .jsonl there instead of printing")
+    for command in (evaluate, predict):
+        command.add_argument("--text-column", metavar="NAME", help="name of the text column (default: as in training)")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    inspect = add("inspect", "adapter_tools:inspect", "what an adapter folder holds")
+    inspect.add_argument("adapter", metavar="FOLDER")
+    inspect.add_argument("--json", metavar="FILE", help="write the whole record there too")
+
+    merge = add("merge", "adapter_tools:merge", "fold a saved adapter into its model, written as a Transformers folder")
+    export = add("export", "adapter_tools:export", "write a saved adapter as plain LoRA in PEFT's format, exact")
+    for command in (merge, export):
+        command.add_argument("adapter", metavar="FOLDER")
+        _add_model(command)
+        command.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
+
+    info = add("info", "info:command", "versions, what was built, devices")
+    info.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+    demo = add(
+        "demo",
+        "demo:command",
+        "fine-tune all-MiniLM-L6-v2 on Rotten Tomatoes reviews, with the defaults of 'finetune'",
+        "Needs no network. Prints the accuracy beside that of a logistic regression on the frozen model's features.",
+    )
+    demo.add_argument("--output", default="unilora-demo", metavar="FOLDER", help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in --output")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of Settings. Absent options stay absent: --resume must see what was given."""
+    for spec in fields(Settings):
+        kind, text = spec.metadata["kind"], spec.metadata["help"]
+        if spec.default not in (None, ""):
+            text += f" (default: {spec.default})"
+        parser.add_argument(
+            option_name(spec.name),
+            type=kind,
+            nargs="+" if spec.name == "target_modules" else None,
+            action=_Tuple if spec.name == "target_modules" else "store",
+            default=argparse.SUPPRESS,
+            metavar={int: "N", float: "X", str: "NAME"}[kind],
+            help=text.replace("%", "%%"),
+        )
+
+
+class _Tuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="an adapter that 'unilora finetune' wrote")
+    _add_model(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME", help="folder or hub name of the base model (default: as in training)"
+    )

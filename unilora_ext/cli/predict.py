@@ -1,0 +1,106 @@
+"""``unilora evaluate`` and ``unilora predict``: a saved adapter on rows or texts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from unilora_ext.checkpoint import read, replace_file
+from unilora_ext.cli.data import Row, read_rows
+from unilora_ext.cli.errors import CliError, need
+
+__all__ = ["evaluate", "predict"]
+
+
+def evaluate(arguments: Namespace) -> None:
+    """Prints accuracy and loss to the last digit."""
+    need("transformers")
+    facts = read(arguments.adapter).metadata
+    text, label = _columns(arguments, facts)
+    rows = read_rows(arguments.data, text, label, facts.get("labels", ()))
+    check_target(arguments.json, arguments.data)
+
+    from unilora_ext.cli.model import load_classifier
+    from unilora_ext.cli.scoring import score
+
+    classifier, _ = load_classifier(arguments.adapter, arguments.model, arguments.device)
+    result = score(classifier, rows)
+    print(f"accuracy {result.accuracy!r} ({result.correct} of {result.rows})\nloss     {result.loss!r}")
+    if arguments.json is not None:
+        record = {"adapter": str(arguments.adapter), "data": str(arguments.data), **result.asdict()}
+        write(arguments.json, json.dumps(record, indent=2) + "\n")
+
+
+def predict(arguments: Namespace) -> None:
+    """Prints a label and its probability a line, or writes a file."""
+    need("transformers")
+    facts = read(arguments.adapter).metadata
+    if (arguments.text is None) == (arguments.data is None):
+        got = "neither" if arguments.text is None else "both"
+        raise CliError(f"--text, --data: expected one of them, got {got}")
+    output = arguments.output
+    if output is not None and Path(output).suffix.lower() not in (".csv", ".jsonl"):
+        raise CliError(f"--output {output}: expected a name that ends in .csv or .jsonl, got '{Path(output).name}'")
+    check_target(output, arguments.data, "--output")
+    if arguments.data is not None:
+        rows = read_rows(arguments.data, _columns(arguments, facts)[0], None)
+    else:
+        rows = [Row(text, None, f"--text number {i}") for i, text in enumerate(arguments.text, 1)]
+        empty = [row.where for row in rows if not row.text.strip()]
+        if empty:
+            raise CliError(f"{empty[0]}: expected a text, got nothing")
+
+    from unilora_ext.cli.model import load_classifier
+    from unilora_ext.cli.scoring import logits
+
+    classifier, _ = load_classifier(arguments.adapter, arguments.model, arguments.device)
+    probabilities = logits(classifier, [row.text for row in rows]).softmax(-1)
+    best = probabilities.max(-1)
+    records = [
+        {"text": row.text, "label": classifier.labels[i], "probability": p}
+        for row, i, p in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    if output is None:
+        for record in records:
+            print(f"{record['label']}\t{record['probability']:.4f}\t{' '.join(record['text'].split())}")
+    else:
+        write(output, _jsonl(records) if Path(output).suffix.lower() == ".jsonl" else _csv(records))
+        print(f"wrote {len(records):,} predictions to {output}")
+
+
+def _columns(arguments: Namespace, facts: dict[str, Any]) -> tuple[str, str]:
+    text = arguments.text_column or facts.get("text_column", "text")
+    return text, getattr(arguments, "label_column", None) or facts.get("label_column", "label")
+
+
+def check_target(path: str | None, source: str | None, option: str = "--json") -> None:
+    """Refuses to write over the input or into a folder that is missing."""
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        got = "a folder" if target.is_dir() else f"no folder {target.parent}"
+        raise CliError(f"{option} {path}: expected the name of a file in an existing folder, got {got}")
+    if source is not None and target.exists() and target.samefile(source):
+        raise CliError(f"{option} {path}: expected another file than the input, got the same")
+
+
+def write(path: str, text: str) -> None:
+    """Writes a file in one step."""
+    replace_file(Path(path), text.encode())
+
+
+def _jsonl(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _csv(records: list[dict[str, Any]]) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue()
