@@ -116,6 +116,18 @@ auto dispatch_floating(ScalarType dtype, Body&& body) {
   }
 }
 
+// Calls body(TypeTag<T>{}, TypeTag<Acc>{}) for a tensor of `dtype` beside one of `acc`, Float or Double.
+template <typename Body>
+void dispatch_floating_pair(ScalarType dtype, ScalarType acc, Body&& body) {
+  dispatch_floating(dtype, [&](auto tag) {
+    if (acc == ScalarType::Double) {
+      body(tag, TypeTag<double>{});
+    } else {
+      body(tag, TypeTag<float>{});
+    }
+  });
+}
+
 template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());

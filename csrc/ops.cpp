@@ -6,13 +6,21 @@ STABLE_TORCH_LIBRARY(unilora, m) {
   m.def("fill_uniform_index(Tensor(a!) index, int d, int seed, int start) -> ()");
   m.def("fill_balanced_index(Tensor(a!) index, int D, int d, int seed, int start) -> ()");
 
-  // Members of each column in ascending position: column j owns order[offsets[j]:offsets[j + 1]]. CPU only.
-  m.def("segment_order(Tensor index, int d) -> (Tensor order, Tensor offsets)");
-
   // theta_D[i] = theta_d[index[i]] * scale[index[i]], in `dtype`.
   m.def("project(Tensor theta_d, Tensor scale, Tensor index, ScalarType dtype) -> Tensor");
-  // grad_theta_d[j] = scale[j] * sum of grad_theta_D over column j; sums and result in the dtype of scale.
-  m.def("project_transpose(Tensor grad_theta_D, Tensor scale, Tensor order, Tensor offsets) -> Tensor");
+  // grad_theta_d[j] = scale[j] * sum of grad_theta_D over column j; sums and result in the dtype of scale. By one pass
+  // over theta_D (CPU), or by one over each column's members, listed in ascending order (CUDA).
+  m.def("project_scatter(Tensor grad_theta_D, Tensor scale, Tensor index) -> Tensor");
+  m.def("project_segment_sum(Tensor grad_theta_D, Tensor scale, Tensor order, Tensor offsets) -> Tensor");
+
+  // The same with the index computed on the way (CPU). `algorithm`: "uniform" or "balanced", of D rows; `ranges`:
+  // (start, stop) pairs of the rows that theta_D holds, one after the other.
+  m.def(
+      "project_seeded(Tensor theta_d, Tensor scale, str algorithm, int D, int seed, int[] ranges, ScalarType dtype) "
+      "-> Tensor");
+  m.def(
+      "project_seeded_scatter(Tensor grad_theta_D, Tensor scale, str algorithm, int D, int seed, int[] ranges) "
+      "-> Tensor");
 
   // y = x W^T + b + scaling h B^T, h = x A^T (kept for the backward).
   m.def(

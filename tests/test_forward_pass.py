@@ -18,9 +18,9 @@ def projections(monkeypatch):
     """The sizes of all projections made, in order."""
     sizes, project = [], ops.project
 
-    def counted(theta_d, block, dtype=None):
-        sizes.append(len(block.index))
-        return project(theta_d, block, dtype)
+    def counted(theta_d, rows, dtype=None):
+        sizes.append(len(rows))
+        return project(theta_d, rows, dtype)
 
     monkeypatch.setattr(ops, "project", counted)
     return sizes

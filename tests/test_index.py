@@ -139,7 +139,6 @@ def test_wrong_arguments_are_named():
             lambda: ops.fill_balanced_index(index, 5, 3, 0, 2),
             r"start \+ len\(index\): expected a value in \[0, 5\], got 6",
         ),
-        (lambda: ops.segment_order(index.fill_(5), 5), r"index: expected values in \[0, 5\)"),
     ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):

@@ -92,43 +92,52 @@ def test_gradients(device, kind):
 
 
 def test_rows_alone_equal_the_whole(device):
-    """A slice of rows, projected without a stored order: same values, same gradient up to summation order."""
     P = ul.UniformProjection(1000, 31, seed=7)
     theta_d = torch.randn(31, device=device, requires_grad=True)
     whole = P(theta_d)
     weights = torch.randn(1000, device=device)
     (whole * weights).sum().backward()
     expected, theta_d.grad = theta_d.grad, None
-    pieces = []
-    for start, stop in [(0, 1), (1, 500), (500, 1000)]:
-        block = functions_block(P, start, stop, device)
-        pieces.append(functions.project(theta_d, block))
+    pieces = [functions.project(theta_d, P.rows(device, [r])) for r in [(0, 1), (1, 500), (500, 1000)]]
     assert torch.equal(torch.cat(pieces), whole)
     (torch.cat(pieces) * weights).sum().backward()
     torch.testing.assert_close(theta_d.grad, expected, rtol=1e-5, atol=1e-5)
 
 
-def functions_block(P, start, stop, device):
-    from unilora_ext.projections import RowBlock
-
-    return RowBlock(P, P.columns(start, stop, device), sort=False)
-
-
-def test_block_of_several_ranges(device):
-    P = ul.BalancedProjection(600, 17, seed=8)
-    block = P.block(device, [(10, 50), (300, 301), (500, 600)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_several_ranges(device, kind):
+    P = kind(600, 17, seed=8)
+    rows = P.rows(device, [(10, 50), (301, 302), (500, 600)])
     theta_d = torch.randn(17, device=device, requires_grad=True)
-    whole, part = P(theta_d), functions.project(theta_d, block)
-    rows = torch.cat([torch.arange(10, 50), torch.arange(300, 301), torch.arange(500, 600)])
-    assert torch.equal(part, whole[rows.to(device)])
-    g = torch.randn(len(rows), device=device)
-    full = torch.zeros(600, device=device)
-    full[rows.to(device)] = g
-    torch.testing.assert_close(functions.project_transpose(g, block), P.transpose(full), rtol=1e-5, atol=1e-5)
+    whole, part = P(theta_d), functions.project(theta_d, rows)
+    chosen = torch.cat([torch.arange(10, 50), torch.arange(301, 302), torch.arange(500, 600)]).to(device)
+    assert len(rows) == 141 and torch.equal(part, whole[chosen])
+    g = torch.randn(len(chosen), device=device)
+    full = torch.zeros(600, device=device).index_copy(0, chosen, g)
+    torch.testing.assert_close(functions.project_transpose(g, rows), P.transpose(full), rtol=1e-5, atol=1e-5)
 
 
-def test_results_do_not_depend_on_threads_or_repeats(threads):
-    P = ul.UniformProjection(300_007, 9001, seed=9)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("D", "d"), SIZES)
+@pytest.mark.parametrize("dtype", EPS)
+def test_computed_rows_equal_stored_ones_to_the_bit(kind, D, d, dtype, threads):
+    stored, computed = (kind(D, d, seed=5, materialize=m) for m in (True, False))
+    theta_d, g_D = torch.randn(d), torch.randn(D).to(dtype)
+    ranges = [(D // 7, D // 3), (D // 2 + 1, D)] if D > 20 else [(0, D)]
+    for count in (1, 2, 3):
+        threads(count)
+        for of in (lambda P: P.rows("cpu"), lambda P: P.rows("cpu", ranges)):
+            rows = of(computed)
+            g = g_D[: len(rows)]
+            assert rows.nbytes == 0 and len(rows) == len(of(stored))
+            assert torch.equal(functions.project(theta_d, rows, dtype), functions.project(theta_d, of(stored), dtype))
+            assert torch.equal(functions.project_transpose(g, rows), functions.project_transpose(g, of(stored)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("materialize", [True, False])
+def test_results_do_not_depend_on_threads_or_repeats(threads, kind, materialize):
+    P = kind(300_007, 9001, seed=9, materialize=materialize)
     theta_d, g_D = torch.randn(9001), torch.randn(300_007)
     results = []
     for count in (1, 2, 3, *[2] * 20):
@@ -158,48 +167,51 @@ def test_non_contiguous_and_half_inputs(device):
     assert half.grad.dtype == torch.bfloat16
 
 
-def test_segment_order(device):
+def test_members_of_stored_rows(device):
     for D, d in SIZES:
-        index = torch.randint(0, d, (D,), dtype=torch.int32)
-        order, offsets = functions.segment_order(index.to(device), d)
-        expected = reference.segment_order(index, d)
-        assert torch.equal(order.cpu(), expected[0]) and torch.equal(offsets.cpu(), expected[1])
-        assert order.dtype == offsets.dtype == torch.int32
+        rows = ul.UniformProjection(D, d, seed=1).rows(device)
+        order, offsets = (t.cpu().long() for t in rows.members())
+        assert offsets[0] == 0 and offsets[-1] == D and sorted(order.tolist()) == list(range(D))
+        index = rows.index.cpu()
+        for j in {0, d // 2, d - 1}:
+            assert torch.equal(order[offsets[j] : offsets[j + 1]], torch.nonzero(index == j).flatten())
+
+
+def arguments(device, dtype=torch.float64, requires_grad=True):
+    """Arguments of every projection operator of a device."""
+    D, d = 61, 9
+    rows = ul.UniformProjection(D, d, seed=3).rows(device)
+    scale = torch.rand(d, device=device, dtype=dtype)
+    theta_d = torch.randn(d, dtype=dtype, device=device, requires_grad=requires_grad)
+    g_D = torch.randn(D, dtype=dtype, device=device, requires_grad=requires_grad)
+    yield ops.project, theta_d, (scale, rows.index, dtype)
+    if device.type == "cuda":
+        yield ops.project_segment_sum, g_D, (scale, *rows.members())
+        return
+    yield ops.project_scatter, g_D, (scale, rows.index)
+    for algorithm in ("uniform", "balanced"):
+        yield ops.project_seeded, theta_d, (scale, algorithm, 100, 5, [3, 40, 50, 74], dtype)
+        yield ops.project_seeded_scatter, g_D, (scale, algorithm, 100, 5, [3, 40, 50, 74])
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(device, requires_grad):
-    D, d = 97, 11
-    index = torch.randint(0, d, (D,), dtype=torch.int32, device=device)
-    order, offsets = functions.segment_order(index, d)
-    scale = torch.rand(d, device=device)
-    theta_d = torch.randn(d, device=device, requires_grad=requires_grad)
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(ops.project, (theta_d, scale, index, dtype))
-    g_D = torch.randn(D, device=device, requires_grad=requires_grad)
-    torch.library.opcheck(ops.project_transpose, (g_D, scale, order, offsets))
-    torch.library.opcheck(ops.fill_uniform_index, (index.clone(), d, 1, 3))
-    torch.library.opcheck(ops.fill_balanced_index, (index.clone(), 2 * D, d, 1, 3))
-    if device.type == "cpu":
-        torch.library.opcheck(ops.segment_order, (index, d))
+    for operator, value, rest in arguments(device, torch.float32, requires_grad):
+        torch.library.opcheck(operator, (value, *rest))
+    index = torch.zeros(97, dtype=torch.int32, device=device)
+    torch.library.opcheck(ops.fill_uniform_index, (index, 11, 1, 3))
+    torch.library.opcheck(ops.fill_balanced_index, (index, 200, 11, 1, 3))
 
 
 def test_operators_differentiate_when_called_directly(device):
-    D, d = 61, 9
-    index = torch.randint(0, d, (D,), dtype=torch.int32, device=device)
-    order, offsets = functions.segment_order(index, d)
-    scale = torch.rand(d, device=device, dtype=torch.float64)
-    theta_d = torch.randn(d, dtype=torch.float64, device=device, requires_grad=True)
-    g_D = torch.randn(D, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: ops.project(t, scale, index, torch.float64), theta_d)
-    assert torch.autograd.gradcheck(lambda g: ops.project_transpose(g, scale, order, offsets), g_D)
+    for operator, value, rest in arguments(device):
+        assert torch.autograd.gradcheck(lambda v, operator=operator, rest=rest: operator(v, *rest), value), operator
 
 
 def test_wrong_arguments_are_named(device):
     d = 5
     theta_d, scale = torch.randn(d, device=device), torch.rand(d, device=device)
     index = torch.arange(d, dtype=torch.int32, device=device)
-    offsets = torch.arange(d + 1, dtype=torch.int32, device=device)
     cases = [
         (lambda: ops.project(theta_d.int(), scale, index, torch.float32), "theta_d: expected dtype Float, got Int"),
         (lambda: ops.project(theta_d, scale[1:], index, torch.float32), r"scale: expected shape \[5\], got \[4\]"),
@@ -209,15 +221,33 @@ def test_wrong_arguments_are_named(device):
             lambda: ops.project(theta_d, scale, index, torch.int32),
             "dtype: expected dtype Float, Double, Half or BFloat16",
         ),
-        (lambda: ops.project_transpose(theta_d, scale, index[1:], offsets), r"order: expected shape \[5\], got \[4\]"),
-        (lambda: ops.project_transpose(theta_d, scale, index, index), r"offsets: expected shape \[6\], got \[5\]"),
     ]
-    if device.type == "cpu":  # on CUDA an index out of range stops the kernel, as in PyTorch's own
+    if device.type == "cuda":  # there, an index out of range stops the kernel, as in PyTorch's own
         cases += [
-            (lambda: ops.project(theta_d, scale, index + 1, torch.float32), r"index: expected values in .*, got 5"),
-            (lambda: ops.project(theta_d, scale, index - 1, torch.float32), r"index: expected values in .*, got -1"),
-            (lambda: ops.project_transpose(theta_d, scale, index + 1, offsets), r"members in \[0, 5\)"),
-            (lambda: ops.project_transpose(theta_d, scale, index, offsets + 1), "offsets: expected to run from 0 to 5"),
+            (lambda: ops.project_segment_sum(theta_d, scale, index[1:], index), r"order: expected shape \[5\], got"),
+            (
+                lambda: ops.project_segment_sum(theta_d, scale, index, index),
+                r"offsets: expected shape \[6\], got \[5\]",
+            ),
+        ]
+    else:
+        cases += [
+            (lambda: ops.project(theta_d, scale, index + 1, torch.float32), r"index: expected values in \[0, 5\)"),
+            (lambda: ops.project(theta_d, scale, index - 1, torch.float32), r"index: expected values in \[0, 5\)"),
+            (lambda: ops.project_scatter(theta_d, scale, index + 1), r"index: expected values in \[0, 5\)"),
+            (lambda: ops.project_scatter(theta_d, scale, index[1:]), r"index: expected shape \[5\], got \[4\]"),
+            (
+                lambda: ops.project_seeded(theta_d, scale, "peft", 9, 0, [0, 9], torch.float32),
+                "algorithm: expected 'uniform' or 'balanced', got 'peft'",
+            ),
+            (
+                lambda: ops.project_seeded(theta_d, scale, "uniform", 9, 0, [0, 10], torch.float32),
+                r"stop of a range: expected a value in \[0, 9\], got 10",
+            ),
+            (
+                lambda: ops.project_seeded_scatter(theta_d, scale, "uniform", 9, 0, [0, 9]),
+                r"grad_theta_D: expected shape \[9\], got \[5\]",
+            ),
         ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
@@ -239,8 +269,9 @@ def test_projection_constructors_name_what_is_wrong():
             call()
 
 
-def test_tables_take_eight_bytes_an_element():
+def test_bytes_kept_an_element(device):
     P = ul.UniformProjection(36864, 4096)
-    block = P.block("cpu")
-    assert block.index.nbytes + block.order.nbytes == 8 * P.D
-    assert block.offsets.nbytes + block.scale(torch.float32).nbytes <= 8 * P.d + 4
+    rows = P.rows(device)
+    P.transpose(torch.randn(P.D, device=device))
+    assert rows.nbytes <= (8 * P.D + 4 * P.d + 4 if device.type == "cuda" else 4 * P.D)
+    assert ul.UniformProjection(36864, 4096, materialize=False).rows("cpu").nbytes == 0

@@ -7,6 +7,7 @@ package was built with nvcc, ``_C_cuda``. ``reference.py`` holds an oracle of ev
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ except ImportError as error:  # a source folder that was not built, or a build f
         "Build it: pip install . (or pip install -e . in a source checkout)"
     ) from error
 
-__all__ = ["cuda_library", "lora_linear", "project", "project_transpose", "segment_order"]
+if TYPE_CHECKING:
+    from unilora_ext.projections.rows import Rows
+
+__all__ = ["cuda_library", "lora_linear", "project", "project_transpose"]
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
@@ -60,26 +64,33 @@ def _(index, D, d, seed, start):
     return None
 
 
-@torch.library.register_fake("unilora::segment_order")
-def _(index, d):
-    return index.new_empty(index.shape), index.new_empty((d + 1,))
-
-
 @torch.library.register_fake("unilora::project")
 def _(theta_d, scale, index, dtype):
     _expect("project", "scale", scale.shape == theta_d.shape, f"shape {list(theta_d.shape)}", list(scale.shape))
     return theta_d.new_empty(index.shape, dtype=dtype)
 
 
-@torch.library.register_fake("unilora::project_transpose")
+@torch.library.register_fake("unilora::project_scatter")
+def _(grad_theta_D, scale, index):
+    _expect("project_scatter", "index", index.shape == grad_theta_D.shape, list(grad_theta_D.shape), list(index.shape))
+    return scale.new_empty(scale.shape)
+
+
+@torch.library.register_fake("unilora::project_segment_sum")
 def _(grad_theta_D, scale, order, offsets):
     _expect(
-        "project_transpose",
-        "order",
-        order.shape == grad_theta_D.shape,
-        list(grad_theta_D.shape),
-        list(order.shape),
+        "project_segment_sum", "order", order.shape == grad_theta_D.shape, list(grad_theta_D.shape), list(order.shape)
     )
+    return scale.new_empty(scale.shape)
+
+
+@torch.library.register_fake("unilora::project_seeded")
+def _(theta_d, scale, algorithm, D, seed, ranges, dtype):
+    return theta_d.new_empty((sum(ranges[1::2]) - sum(ranges[::2]),), dtype=dtype)
+
+
+@torch.library.register_fake("unilora::project_seeded_scatter")
+def _(grad_theta_D, scale, algorithm, D, seed, ranges):
     return scale.new_empty(scale.shape)
 
 
@@ -107,84 +118,61 @@ def _(grad_y, x, h, weight, A, B, scaling, need_grad_x, need_grad_A, need_grad_B
 # ---- project --------------------------------------------------------------------------------------------------------
 
 
-def segment_order(index: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Members of each column, for :func:`project_transpose`.
-
-    Args:
-        index: int32 [D], the column of each position, values in [0, d).
-        d: number of columns.
-
-    Returns:
-        (order, offsets), int32 [D] and [d + 1]: column j owns the positions ``order[offsets[j]:offsets[j + 1]]``,
-        in ascending order.
-    """
-    if index.is_cuda:
-        columns, order = torch.sort(index, stable=True)
-        offsets = torch.searchsorted(columns, torch.arange(d + 1, dtype=index.dtype, device=index.device))
-        return order.int(), offsets.int()
-    return torch.ops.unilora.segment_order(index, d)
-
-
 class ProjectFunction(torch.autograd.Function):
     """theta_D = P theta_d. Linear, so it saves no activations, and its backward is :class:`TransposeFunction`."""
 
     @staticmethod
-    def forward(ctx, theta_d, block, dtype):
-        # Constants, kept as attributes: activation checkpointing counts what is saved as tensors, and a recomputation
-        # may project through another block of the same P.
-        ctx.block, ctx.dtype = block, theta_d.dtype
-        return torch.ops.unilora.project(theta_d, block.scale(theta_d.dtype), block.index, dtype)
+    def forward(ctx, theta_d, rows, dtype):
+        # Kept as an attribute: activation checkpointing counts what is saved as tensors, and a recomputation may
+        # project through other rows of the same P.
+        ctx.rows, ctx.dtype = rows, theta_d.dtype
+        return rows.gather(theta_d, dtype)
 
     @staticmethod
     def backward(ctx, grad_theta_D):
-        return TransposeFunction.apply(grad_theta_D, ctx.block, ctx.dtype), None, None
+        return TransposeFunction.apply(grad_theta_D, ctx.rows, ctx.dtype), None, None
 
 
 class TransposeFunction(torch.autograd.Function):
     """g_d = P^T g_D in `dtype` (float32 or float64)."""
 
     @staticmethod
-    def forward(ctx, g_D, block, dtype):
-        ctx.block, ctx.dtype = block, g_D.dtype
-        scale = block.scale(dtype)
-        if block.order is not None:
-            return torch.ops.unilora.project_transpose(g_D, scale, block.order, block.offsets)
-        # A few rows of P, without a stored order: PyTorch's accumulating index_put_ is deterministic.
-        sums = torch.zeros_like(scale)
-        return sums.index_put_((block.index.long(),), g_D.to(dtype), accumulate=True).mul_(scale)
+    def forward(ctx, g_D, rows, dtype):
+        ctx.rows, ctx.dtype = rows, g_D.dtype
+        return rows.scatter(g_D, dtype)
 
     @staticmethod
     def backward(ctx, grad_g_d):
-        return ProjectFunction.apply(grad_g_d, ctx.block, ctx.dtype), None, None
+        return ProjectFunction.apply(grad_g_d, ctx.rows, ctx.dtype), None, None
 
 
-def project(theta_d: Tensor, block, dtype: torch.dtype | None = None) -> Tensor:
+def project(theta_d: Tensor, rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
     """``theta_D[i] = theta_d[index[i]] * scale[index[i]]`` (paper, section 3.2), differentiable.
 
     Args:
-        theta_d: [d], on the device of `block`; float16 and bfloat16 are widened to float32 first.
-        block: rows of a projection (:class:`~unilora_ext.projections.RowBlock`).
+        theta_d: [d], on the device of `rows`; float16 and bfloat16 are widened to float32 first.
+        rows: rows of a projection (:meth:`unilora_ext.Projection.rows`).
         dtype: floating dtype of the result; default: that of `theta_d`.
 
     Returns:
-        theta_D: [len(block.index)], in `dtype`. Its gradient is summed in float32 (float64 for float64 `theta_d`),
-        in a fixed order.
+        theta_D: [len(rows)], in `dtype`. Its gradient is summed in float32 (float64 for float64 `theta_d`), in a
+        fixed order.
     """
     dtype = theta_d.dtype if dtype is None else dtype
     if theta_d.dtype in _HALF_TYPES:
         theta_d = theta_d.float()
-    return ProjectFunction.apply(theta_d, block, dtype)
+    return ProjectFunction.apply(theta_d, rows, dtype)
 
 
-def project_transpose(g_D: Tensor, block, dtype: torch.dtype | None = None) -> Tensor:
+def project_transpose(g_D: Tensor, rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
     """``g_d[j] = scale[j] * sum_{i: index[i] = j} g_D[i]``, differentiable: the adjoint of :func:`project`.
 
     Args:
-        g_D: [len(block.index)], on the device of `block`.
-        block: rows of a projection (:class:`~unilora_ext.projections.RowBlock`).
+        g_D: [len(rows)], on the device of `rows`.
+        rows: rows of a projection (:meth:`unilora_ext.Projection.rows`).
         dtype: float32 or float64, of the sums and the result; default: float64 for float64 `g_D`, else float32.
     """
-    return TransposeFunction.apply(g_D, block, dtype or accumulator_dtype(g_D.dtype))
+    return TransposeFunction.apply(g_D, rows, dtype or accumulator_dtype(g_D.dtype))
 
 
 # ---- lora_linear ----------------------------------------------------------------------------------------------------
@@ -277,24 +265,63 @@ def _save_project(ctx, inputs, output):
 
 def _project_backward(ctx, grad_theta_D):
     scale, index = ctx.saved_tensors
-    sums = torch.zeros_like(scale).index_put((index.long(),), grad_theta_D.to(scale.dtype), accumulate=True)
-    return sums * scale, None, None, None
+    if index.is_cuda:  # PyTorch's accumulating index_put is deterministic there
+        sums = torch.zeros_like(scale).index_put((index.long(),), grad_theta_D.to(scale.dtype), accumulate=True)
+        return sums * scale, None, None, None
+    return torch.ops.unilora.project_scatter(grad_theta_D, scale, index), None, None, None
 
 
-def _save_transpose(ctx, inputs, output):
+def _save_scatter(ctx, inputs, output):
+    g_D, scale, index = inputs
+    ctx.save_for_backward(scale, index)
+    ctx.dtype = g_D.dtype
+
+
+def _scatter_backward(ctx, grad_g_d):
+    scale, index = ctx.saved_tensors
+    return torch.ops.unilora.project(grad_g_d, scale, index, ctx.dtype), None, None
+
+
+def _save_segment_sum(ctx, inputs, output):
     g_D, scale, order, offsets = inputs
     ctx.save_for_backward(scale, order, offsets)
     ctx.dtype = g_D.dtype
 
 
-def _transpose_backward(ctx, grad_g_d):
+def _segment_sum_backward(ctx, grad_g_d):
     scale, order, offsets = ctx.saved_tensors
     members = torch.repeat_interleave(grad_g_d * scale, offsets.diff(), output_size=order.numel())
     return torch.empty_like(members).index_copy(0, order.long(), members).to(ctx.dtype), None, None, None
 
 
-torch.library.register_autograd("unilora::project", _project_backward, setup_context=_save_project)
-torch.library.register_autograd("unilora::project_transpose", _transpose_backward, setup_context=_save_transpose)
-torch.library.register_autograd(
-    "unilora::lora_linear", LoraLinearFunction.backward, setup_context=LoraLinearFunction.setup_context
-)
+def _save_seeded(ctx, inputs, output):
+    _, scale, *source, _ = inputs
+    ctx.save_for_backward(scale)
+    ctx.source = source
+
+
+def _seeded_backward(ctx, grad_theta_D):
+    (scale,) = ctx.saved_tensors
+    return torch.ops.unilora.project_seeded_scatter(grad_theta_D, scale, *ctx.source), *[None] * 6
+
+
+def _save_seeded_scatter(ctx, inputs, output):
+    g_D, scale, *source = inputs
+    ctx.save_for_backward(scale)
+    ctx.source, ctx.dtype = source, g_D.dtype
+
+
+def _seeded_scatter_backward(ctx, grad_g_d):
+    (scale,) = ctx.saved_tensors
+    return torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype), *[None] * 5
+
+
+for _name, _backward, _save in (
+    ("project", _project_backward, _save_project),
+    ("project_scatter", _scatter_backward, _save_scatter),
+    ("project_segment_sum", _segment_sum_backward, _save_segment_sum),
+    ("project_seeded", _seeded_backward, _save_seeded),
+    ("project_seeded_scatter", _seeded_scatter_backward, _save_seeded_scatter),
+    ("lora_linear", LoraLinearFunction.backward, LoraLinearFunction.setup_context),
+):
+    torch.library.register_autograd(f"unilora::{_name}", _backward, setup_context=_save)

@@ -85,13 +85,6 @@ def balanced_index(D: int, d: int, seed: int, start: int, stop: int) -> np.ndarr
     return np.array([bijection.element(i) % d for i in range(start, stop)], dtype=np.int32)
 
 
-def segment_order(index: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Positions sorted by column, stable, and where each column starts."""
-    order = torch.argsort(index.long(), stable=True)
-    counts = torch.bincount(index.long(), minlength=d)
-    return order.int(), torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-
-
 def project(theta_d: Tensor, scale: Tensor, index: Tensor) -> Tensor:
     """theta_D in float64."""
     return (theta_d.double() * scale.double())[index.long()]

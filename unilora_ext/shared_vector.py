@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext import ops
-from unilora_ext.projections import Projection, RowBlock
+from unilora_ext.projections import Projection, Rows
 
 __all__ = ["SharedVector", "Slot"]
 
@@ -44,7 +44,7 @@ class _DeviceGroup:
     """The slots whose layers lie on one device, in order, and their rows of P."""
 
     slot_ids: tuple[int, ...]
-    block: RowBlock
+    rows: Rows
 
 
 class SharedVector(nn.Module):
@@ -101,7 +101,7 @@ class SharedVector(nn.Module):
         return self._project(self._alone(slot_id, device), device, dtype)[slot_id]
 
     def _project(self, group: _DeviceGroup, device: torch.device, dtype: torch.dtype) -> dict[int, Factors]:
-        theta_D = ops.project(self.theta_d.to(device), group.block, dtype)
+        theta_D = ops.project(self.theta_d.to(device), group.rows, dtype)
         slots = [self.slots[i] for i in group.slot_ids]
         # One split: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
         parts = iter(theta_D.split_with_sizes([size for slot in slots for size in slot.sizes]))
@@ -110,9 +110,8 @@ class SharedVector(nn.Module):
     def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:
         slot = self.slots[slot_id]
         if len(self.slots) == 1:
-            return _DeviceGroup((slot_id,), self.projection.block(device))
-        columns = self.projection.columns(slot.start, slot.stop, device)
-        return _DeviceGroup((slot_id,), RowBlock(self.projection, columns, sort=False))
+            return _DeviceGroup((slot_id,), self.projection.rows(device))
+        return _DeviceGroup((slot_id,), self.projection.rows(device, [(slot.start, slot.stop)]))
 
     def _group_by_device(self, model: nn.Module) -> dict[torch.device, _DeviceGroup]:
         members: dict[torch.device, list[int]] = {}
@@ -124,7 +123,7 @@ class SharedVector(nn.Module):
         for device, slot_ids in members.items():
             slot_ids.sort()
             ranges = _joined([(self.slots[i].start, self.slots[i].stop) for i in slot_ids])
-            groups[device] = _DeviceGroup(tuple(slot_ids), self.projection.block(device, ranges))
+            groups[device] = _DeviceGroup(tuple(slot_ids), self.projection.rows(device, ranges))
         return groups
 
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------

@@ -7,10 +7,11 @@
 //
 // N: all leading dimensions of x taken together. x, W, b, A, B and the results have one dtype; h and u, and all sums
 // of the low-rank part, have its accumulator dtype (float, for double tensors double). The two dense products are
-// ATen's. The low-rank part is three memory-bound kernels, each of which reads its large operand once:
+// ATen's. The low-rank part is memory-bound kernels, each of which reads its large operand once:
 //   dot(x, N, K, P, layout, r, out)               out[i, q]  = sum_c x[i, c] P[q, c]
 //   rank_update(y, N, M, h, r, P, layout, s)      y[i, c]   += s sum_q h[i, q] P[q, c]
 //   outer(g, N, M, h, r, s, out, layout)          out[q, c]  = s sum_i h[i, q] g[i, c]
+//   dot_and_outer(g, N, M, P, layout, h, r, s, u, out)         u = g P^T and out as above, from one read of g
 // P [r, C] is A as it is stored (layout kRankMajor) or B transposed (B is stored [C, r], layout kRankMinor).
 // Every output element is summed by one owner in a fixed order: results do not depend on threads or scheduling.
 #pragma once
@@ -123,14 +124,18 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
   dispatch_floating(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulator<T>;
-    if (need_grad_B) {
-      const Tensor hidden = torch::stable::contiguous(h);
-      kernels.outer(const_data<T>(dy), s.N, s.m, const_data<Acc>(hidden), s.r, scaling, data<T>(grad_B),
-                    FactorLayout::kRankMinor);
+    const bool need_u = need_grad_x || need_grad_A;
+    const Tensor hidden = torch::stable::contiguous(h);
+    const Tensor u = torch::stable::new_empty(dy, {need_u ? s.N : 0, s.r}, acc_dtype);
+    const T *g = const_data<T>(dy), *factor = const_data<T>(b);
+    if (need_u && need_grad_B) {
+      kernels.dot_and_outer(g, s.N, s.m, factor, FactorLayout::kRankMinor, const_data<Acc>(hidden), s.r, scaling,
+                            data<Acc>(u), data<T>(grad_B));
+    } else if (need_u) {
+      kernels.dot(g, s.N, s.m, factor, FactorLayout::kRankMinor, s.r, data<Acc>(u));
+    } else if (need_grad_B) {
+      kernels.outer(g, s.N, s.m, const_data<Acc>(hidden), s.r, scaling, data<T>(grad_B), FactorLayout::kRankMinor);
     }
-    if (!need_grad_x && !need_grad_A) return;
-    const Tensor u = torch::stable::new_empty(dy, {s.N, s.r}, acc_dtype);
-    kernels.dot(const_data<T>(dy), s.N, s.m, const_data<T>(b), FactorLayout::kRankMinor, s.r, data<Acc>(u));
     if (need_grad_x)
       kernels.rank_update(data<T>(grad_x), s.N, s.n, const_data<Acc>(u), s.r, const_data<T>(a),
                           FactorLayout::kRankMajor, scaling);

@@ -35,6 +35,13 @@ struct CudaLoraLinear {
                  layout == FactorLayout::kRankMajor, cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
+
+  template <typename T, typename Acc>
+  void dot_and_outer(const T* g, int64_t N, int64_t M, const T* P, FactorLayout layout, const Acc* h, int64_t r,
+                     double scaling, Acc* u, T* out) const {
+    dot(g, N, M, P, layout, r, u);
+    outer(g, N, M, h, r, scaling, out, layout);
+  }
 };
 
 }  // namespace

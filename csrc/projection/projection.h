@@ -106,12 +106,7 @@ class BalancedMap {
   UNILORA_HOST_DEVICE uint32_t element(uint32_t position) const {
     uint32_t value = position;
     do {
-      uint32_t row = by_width_.quotient(value), col = value - row * width();
-      for (int i = 0; i < kRounds; i += 2) {
-        row = add(row, draw(col, key_[i], rows_), rows_);
-        col = add(col, draw(row, key_[i + 1], width()), width());
-      }
-      value = row * width() + col;
+      value = pass(value);
     } while (value >= D_);
     return value;
   }
@@ -130,6 +125,15 @@ class BalancedMap {
     return value;
   }
 
+  // The column of a position that one pass settles; kWalkOn for the few that must be passed through again. Without
+  // a loop of unknown length, so that a compiler can vectorise it.
+  static constexpr uint32_t kWalkOn = 0xFFFFFFFFu;
+  UNILORA_HOST_DEVICE uint32_t column_at_once(uint32_t position) const {
+    const uint32_t value = pass(position);
+    const uint32_t column = by_d_.remainder(value);
+    return value < D_ ? column : kWalkOn;
+  }
+
   UNILORA_HOST_DEVICE uint32_t column(uint32_t position) const { return by_d_.remainder(element(position)); }
 
  private:
@@ -138,6 +142,16 @@ class BalancedMap {
   uint32_t key_[kRounds];
 
   UNILORA_HOST_DEVICE uint32_t width() const { return by_width_.divisor; }
+
+  // One pass through the network: a bijection of [0, rows * width).
+  UNILORA_HOST_DEVICE uint32_t pass(uint32_t value) const {
+    uint32_t row = by_width_.quotient(value), col = value - row * width();
+    for (int i = 0; i < kRounds; i += 2) {
+      row = add(row, draw(col, key_[i], rows_), rows_);
+      col = add(col, draw(row, key_[i + 1], width()), width());
+    }
+    return row * width() + col;
+  }
 
   UNILORA_HOST_DEVICE static uint32_t ceil_sqrt(uint32_t n) {
     uint32_t root = 1;
@@ -151,8 +165,8 @@ class BalancedMap {
     return static_cast<uint32_t>((static_cast<uint64_t>(x) * range) >> 32);
   }
   UNILORA_HOST_DEVICE static uint32_t add(uint32_t a, uint32_t b, uint32_t modulus) {
-    const uint32_t sum = a + b;
-    return sum >= modulus ? sum - modulus : sum;
+    const uint32_t sum = a + b, wrapped = sum - modulus;  // wrapped is huge where sum < modulus
+    return sum < wrapped ? sum : wrapped;
   }
   UNILORA_HOST_DEVICE static uint32_t subtract(uint32_t a, uint32_t b, uint32_t modulus) {
     return a >= b ? a - b : a + modulus - b;

@@ -1,136 +1,211 @@
-// CPU kernels of the projection. One pass each, split over elements (gather, index) or columns (segment-sum): no two
-// threads share a sum, so results do not depend on the number of threads.
+// The projection's operators on the CPU. Rows are split over threads where each has its own output (gather, index),
+// and into a number of parts that the sizes alone decide where they are summed (scatter): results do not depend on
+// the number of threads.
 #include <atomic>
+#include <cstring>
+#include <memory>
+#include <string>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "projection/projection_kernels.h"
 #include "projection/projection_ops.h"
 
 namespace unilora {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // indices checked, then used, while they are in the L1 cache
-
-// The largest index of a block, a negative one counting as very large.
-UNILORA_MULTIVERSION uint32_t largest(const int32_t* index, int64_t n) {
-  uint32_t top = 0;
-  for (int64_t i = 0; i < n; ++i) top = std::max(top, static_cast<uint32_t>(index[i]));
-  return top;
-}
-
-template <typename Acc, typename T>
-UNILORA_INLINE void gather_block(const Acc* scaled, const int32_t* index, T* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(scaled[index[i]]);
-}
-
-template <typename T, typename Acc>
-UNILORA_INLINE Acc sum_members(const T* grad, const int32_t* order, int64_t n) {
-  Acc sum = 0;
-  for (int64_t k = 0; k < n; ++k) sum += static_cast<Acc>(grad[order[k]]);
-  return sum;
-}
-
-UNILORA_MULTIVERSION void fill_uniform_pairs(int32_t* index, int64_t pairs, uint32_t d, uint64_t seed,
-                                             uint64_t first_pair) {
-  for (int64_t k = 0; k < pairs; ++k) {
-    const ColumnPair columns = uniform_columns(seed, first_pair + static_cast<uint64_t>(k), d);
-    index[2 * k] = static_cast<int32_t>(columns.even);
-    index[2 * k + 1] = static_cast<int32_t>(columns.odd);
+// Columns computed for rows that are several ranges of positions, one after the other.
+template <typename Columns>
+class RangedColumns {
+ public:
+  RangedColumns(Columns columns, const std::vector<int64_t>& ranges) : columns_(columns) {
+    for (size_t k = 0; k + 1 < ranges.size(); k += 2) {
+      runs_.push_back({rows_, rows_ + ranges[k + 1] - ranges[k], ranges[k]});
+      rows_ += ranges[k + 1] - ranges[k];
+    }
   }
+
+  int64_t rows() const { return rows_; }
+
+  const int32_t* columns(int64_t first, int64_t n, int32_t* buffer) const {
+    for (const Run& run : runs_) {
+      const int64_t begin = std::max(first, run.begin), end = std::min(first + n, run.end);
+      if (begin < end) columns_.columns(run.position + begin - run.begin, end - begin, buffer + begin - first);
+    }
+    return buffer;
+  }
+
+ private:
+  struct Run {
+    int64_t begin, end, position;  // rows [begin, end) are positions from `position`
+  };
+  Columns columns_;
+  std::vector<Run> runs_;
+  int64_t rows_ = 0;
+};
+
+// Calls body(first, n, columns) for the blocks of rows [begin, end); returns false, at once, at a column beyond d.
+template <typename Source, typename Body>
+bool for_blocks(const Source& source, int64_t begin, int64_t end, int64_t d, const Body& body) {
+  int32_t buffer[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t n = std::min(kBlock, end - first);
+    const int32_t* columns = source.columns(first, n, buffer);
+    if (largest(columns, n) >= d) return false;
+    body(first, n, columns);
+  }
+  return true;
+}
+
+[[noreturn]] void fail_index(const char* op, int64_t d) { fail(op, "index: expected values in [0, ", d, ")"); }
+
+// out[i] = T(theta_d[j] scale[j]), j the column of row i: the products are made once, d of them.
+template <typename Source>
+Tensor gather(const char* op, const Tensor& theta_d, const Tensor& scale, const Source& source, int64_t n,
+              ScalarType dtype) {
+  const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
+  const Tensor out = torch::stable::new_empty(theta, {n}, dtype);
+  const int64_t d = theta.numel();
+  std::atomic<bool> good{true};
+  dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
+    using T = typename decltype(tag)::type;
+    using Acc = typename decltype(acc)::type;
+    const Acc *value = const_data<Acc>(theta), *weight = const_data<Acc>(factor);
+    const std::unique_ptr<T[]> table(new T[static_cast<size_t>(d)]);
+    parallel(d, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) table[j] = static_cast<T>(value[j] * weight[j]);
+    });
+    T* result = data<T>(out);
+    advise_huge_pages(result, n * static_cast<int64_t>(sizeof(T)));
+    parallel(n, 2, [&](int64_t begin, int64_t end) {
+      if (!for_blocks(source, begin, end, d, [&](int64_t first, int64_t size, const int32_t* columns) {
+            gather_block(table.get(), columns, result + first, size);
+          }))
+        good = false;
+    });
+  });
+  if (!good) fail_index(op, d);
+  return out;
+}
+
+// out[j] = scale[j] * sum of grad over the rows of column j.
+template <typename Source>
+Tensor scatter(const char* op, const Tensor& grad_theta_D, const Tensor& scale, const Source& source) {
+  const Tensor grad = torch::stable::contiguous(grad_theta_D), factor = torch::stable::contiguous(scale);
+  const int64_t n = grad.numel(), d = factor.numel(), parts = scatter_parts(n, d);
+  const Tensor out = torch::stable::new_empty(factor, {d});
+  const Tensor tables = torch::stable::new_empty(factor, {parts, d});
+  std::atomic<bool> good{true};
+  dispatch_floating_pair(grad.scalar_type(), factor.scalar_type(), [&](auto tag, auto acc) {
+    using T = typename decltype(tag)::type;
+    using Acc = typename decltype(acc)::type;
+    const T* g = const_data<T>(grad);
+    Acc* table = data<Acc>(tables);
+    advise_huge_pages(table, parts * d * static_cast<int64_t>(sizeof(Acc)));
+    parallel(parts, 2 * n / parts + d, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        Acc* own = table + part * d;
+        std::fill(own, own + d, Acc(0));
+        if (!for_blocks(source, n * part / parts, n * (part + 1) / parts, d,
+                        [&](int64_t first, int64_t size, const int32_t* columns) {
+                          scatter_block(g + first, columns, own, size);
+                        }))
+          good = false;
+      }
+    });
+    const Acc* weight = const_data<Acc>(factor);
+    Acc* result = data<Acc>(out);
+    parallel(d, parts, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        Acc sum = table[j];
+        for (int64_t part = 1; part < parts; ++part) sum += table[part * d + j];
+        result[j] = weight[j] * sum;
+      }
+    });
+  });
+  if (!good) fail_index(op, d);
+  return out;
 }
 
 struct CpuProjection {
   explicit CpuProjection(const Tensor&) {}
 
   void fill_uniform_index(int32_t* index, int64_t n, uint32_t d, uint64_t seed, uint64_t start) const {
-    if (n > 0 && start % 2 == 1) {  // an odd start takes the second half of its pair
-      *index++ = static_cast<int32_t>(uniform_columns(seed, start / 2, d).odd);
-      ++start;
-      --n;
-    }
-    parallel(n / 2, 60, [=](int64_t begin, int64_t end) {
-      fill_uniform_pairs(index + 2 * begin, end - begin, d, seed, start / 2 + static_cast<uint64_t>(begin));
+    parallel(n, 30, [=](int64_t begin, int64_t end) {
+      fill_uniform_block(index + begin, end - begin, d, seed, start + static_cast<uint64_t>(begin));
     });
-    if (n % 2 == 1) {
-      index[n - 1] = static_cast<int32_t>(uniform_columns(seed, (start + static_cast<uint64_t>(n) - 1) / 2, d).even);
-    }
   }
 
   void fill_balanced_index(int32_t* index, int64_t n, const BalancedMap& map, uint32_t start) const {
-    parallel(n, 60, [=](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        index[k] = static_cast<int32_t>(map.column(start + static_cast<uint32_t>(k)));
-      }
+    parallel(n, 30, [=](int64_t begin, int64_t end) {
+      fill_balanced_block(index + begin, end - begin, map, start + static_cast<uint32_t>(begin));
     });
-  }
-
-  template <typename Acc, typename T>
-  void gather(const Acc* theta_d, const Acc* scale, int64_t d, const int32_t* index, T* out, int64_t n) const {
-    std::vector<Acc> scaled(static_cast<size_t>(d));
-    for (int64_t j = 0; j < d; ++j) scaled[j] = theta_d[j] * scale[j];
-    std::atomic<int64_t> bad{0};  // an index out of range; 0 never is
-    parallel(n, 2, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; b += kBlock) {
-        const int64_t size = std::min(kBlock, end - b);
-        const uint32_t top = largest(index + b, size);
-        if (top >= d) {
-          bad = static_cast<int32_t>(top);
-          return;
-        }
-        gather_block(scaled.data(), index + b, out + b, size);
-      }
-    });
-    if (bad != 0) fail("project", "index: expected values in [0, ", d, "), got ", bad.load());
-  }
-
-  template <typename T, typename Acc>
-  void segment_sum(const T* grad, int64_t n, const Acc* scale, int64_t d, const int32_t* order, const int32_t* offsets,
-                   Acc* out) const {
-    if (offsets[0] != 0 || offsets[d] != n)
-      fail("project_transpose", "offsets: expected to run from 0 to ", n, ", got ", offsets[0], " to ", offsets[d]);
-    std::atomic<bool> bad{false};
-    parallel(d, 4 + n / d, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        const int64_t first = offsets[j], size = offsets[j + 1] - first;
-        if (first < 0 || size < 0 || first + size > n || (size > 0 && largest(order + first, size) >= n)) {
-          bad = true;
-          return;
-        }
-        out[j] = scale[j] * sum_members<T, Acc>(grad, order + first, size);
-      }
-    });
-    if (bad) fail("project_transpose", "order, offsets: expected members in [0, ", n, ") in ascending segments");
   }
 };
 
-// Counting sort of positions by column, stable: members ascend.
-std::tuple<Tensor, Tensor> segment_order(const Tensor& index, int64_t d) {
-  constexpr auto op = "segment_order";
-  check_dtype(op, "index", index, ScalarType::Int);
-  check_shape(op, "index", index, {-1});
-  check_range(op, "d", d, 1, kMaxElements);
-  check_range(op, "len(index)", index.numel(), 0, kMaxElements);
+Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, ScalarType dtype) {
+  constexpr auto op = "project";
+  check_theta_d(op, theta_d, scale, dtype);
+  check_index(op, "index", index, "theta_d", theta_d);
   const Tensor columns = torch::stable::contiguous(index);
-  const int32_t* column = const_data<int32_t>(columns);
-  const int64_t n = columns.numel();
-  if (n > 0 && largest(column, n) >= d) fail(op, "index: expected values in [0, ", d, ")");
+  return gather(op, theta_d, scale, StoredColumns{const_data<int32_t>(columns)}, columns.numel(), dtype);
+}
 
-  const Tensor order = torch::stable::new_empty(columns, {n});
-  const Tensor offsets = torch::stable::new_empty(columns, {d + 1});
-  int32_t* bound = data<int32_t>(offsets);
-  std::fill(bound, bound + d + 1, 0);
-  for (int64_t i = 0; i < n; ++i) ++bound[column[i] + 1];
-  for (int64_t j = 0; j < d; ++j) bound[j + 1] += bound[j];
-  std::vector<int32_t> next(bound, bound + d);
-  int32_t* member = data<int32_t>(order);
-  for (int64_t i = 0; i < n; ++i) member[next[column[i]]++] = static_cast<int32_t>(i);
-  return {order, offsets};
+Tensor project_scatter(const Tensor& grad_theta_D, const Tensor& scale, const Tensor& index) {
+  constexpr auto op = "project_scatter";
+  check_grad(op, grad_theta_D, scale);
+  check_index(op, "index", index, "grad_theta_D", grad_theta_D);
+  check_shape(op, "index", index, {grad_theta_D.numel()});
+  const Tensor columns = torch::stable::contiguous(index);
+  return scatter(op, grad_theta_D, scale, StoredColumns{const_data<int32_t>(columns)});
+}
+
+// Checks the description of computed rows, then calls body with their source.
+template <typename Body>
+Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t D, int64_t d, int64_t seed,
+                           const std::vector<int64_t>& ranges, const Body& body) {
+  check_range(op, "D", D, 1, kMaxElements);
+  check_range(op, "seed", seed, 0, INT64_MAX);
+  check_range(op, "len(ranges) % 2", static_cast<int64_t>(ranges.size()) % 2, 0, 0);
+  for (size_t k = 0; k + 1 < ranges.size(); k += 2) {
+    check_range(op, "stop of a range", ranges[k + 1], 0, D);
+    check_range(op, "start of a range", ranges[k], 0, ranges[k + 1]);
+  }
+  if (algorithm == "uniform") {
+    return body(RangedColumns(UniformColumns{static_cast<uint32_t>(d), static_cast<uint64_t>(seed)}, ranges));
+  }
+  if (algorithm != "balanced") fail(op, "algorithm: expected 'uniform' or 'balanced', got '", algorithm, "'");
+  const BalancedMap map(static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
+  return body(RangedColumns(BalancedColumns{map}, ranges));
+}
+
+Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string algorithm, int64_t D, int64_t seed,
+                      std::vector<int64_t> ranges, ScalarType dtype) {
+  constexpr auto op = "project_seeded";
+  check_theta_d(op, theta_d, scale, dtype);
+  return with_seeded_columns(op, algorithm, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
+    return gather(op, theta_d, scale, source, source.rows(), dtype);
+  });
+}
+
+Tensor project_seeded_scatter(const Tensor& grad_theta_D, const Tensor& scale, std::string algorithm, int64_t D,
+                              int64_t seed, std::vector<int64_t> ranges) {
+  constexpr auto op = "project_seeded_scatter";
+  check_grad(op, grad_theta_D, scale);
+  return with_seeded_columns(op, algorithm, D, scale.numel(), seed, ranges, [&](const auto& source) {
+    check_shape(op, "grad_theta_D", grad_theta_D, {source.rows()});
+    return scatter(op, grad_theta_D, scale, source);
+  });
 }
 
 }  // namespace
 }  // namespace unilora
 
 STABLE_TORCH_LIBRARY_IMPL(unilora, CPU, m) {
-  UNILORA_IMPL_PROJECTION(m, unilora::CpuProjection);
-  m.impl("segment_order", TORCH_BOX(&unilora::segment_order));
+  UNILORA_IMPL_INDEX(m, unilora::CpuProjection);
+  m.impl("project", TORCH_BOX(&unilora::project));
+  m.impl("project_scatter", TORCH_BOX(&unilora::project_scatter));
+  m.impl("project_seeded", TORCH_BOX(&unilora::project_seeded));
+  m.impl("project_seeded_scatter", TORCH_BOX(&unilora::project_seeded_scatter));
 }

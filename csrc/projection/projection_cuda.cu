@@ -36,7 +36,52 @@ struct CudaProjection {
   }
 };
 
+Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, ScalarType dtype) {
+  constexpr auto op = "project";
+  check_theta_d(op, theta_d, scale, dtype);
+  check_index(op, "index", index, "theta_d", theta_d);
+
+  const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
+  const Tensor columns = torch::stable::contiguous(index);
+  const Tensor out = torch::stable::new_empty(theta, {index.numel()}, dtype);
+  const CudaProjection kernels(theta);
+  dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
+    using T = typename decltype(tag)::type;
+    using Acc = typename decltype(acc)::type;
+    kernels.gather(const_data<Acc>(theta), const_data<Acc>(factor), theta.numel(), const_data<int32_t>(columns),
+                   data<T>(out), columns.numel());
+  });
+  return out;
+}
+
+// CUDA sums over each column's members: a scatter would need atomics, whose order is not fixed.
+Tensor project_segment_sum(const Tensor& grad_theta_D, const Tensor& scale, const Tensor& order,
+                           const Tensor& offsets) {
+  constexpr auto op = "project_segment_sum";
+  check_grad(op, grad_theta_D, scale);
+  check_index(op, "order", order, "grad_theta_D", grad_theta_D);
+  check_shape(op, "order", order, {grad_theta_D.numel()});
+  check_index(op, "offsets", offsets, "grad_theta_D", grad_theta_D);
+  check_shape(op, "offsets", offsets, {scale.numel() + 1});
+
+  const Tensor grad = torch::stable::contiguous(grad_theta_D), factor = torch::stable::contiguous(scale);
+  const Tensor members = torch::stable::contiguous(order), bounds = torch::stable::contiguous(offsets);
+  const Tensor out = torch::stable::new_empty(factor, {scale.numel()});
+  const CudaProjection kernels(grad);
+  dispatch_floating_pair(grad.scalar_type(), scale.scalar_type(), [&](auto tag, auto acc) {
+    using T = typename decltype(tag)::type;
+    using Acc = typename decltype(acc)::type;
+    kernels.segment_sum(const_data<T>(grad), grad.numel(), const_data<Acc>(factor), factor.numel(),
+                        const_data<int32_t>(members), const_data<int32_t>(bounds), data<Acc>(out));
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace unilora
 
-STABLE_TORCH_LIBRARY_IMPL(unilora, CUDA, m) { UNILORA_IMPL_PROJECTION(m, unilora::CudaProjection); }
+STABLE_TORCH_LIBRARY_IMPL(unilora, CUDA, m) {
+  UNILORA_IMPL_INDEX(m, unilora::CudaProjection);
+  m.impl("project", TORCH_BOX(&unilora::project));
+  m.impl("project_segment_sum", TORCH_BOX(&unilora::project_segment_sum));
+}

@@ -1,9 +1,6 @@
-// The projection's operators, for any device: checks, allocation, then the device's kernels.
-//
-// Kernels is made from a tensor of the device (it holds guard and stream where there are any) and has
+// What the projection's operators share on all devices: argument checks, and index generation, for which Kernels is
+// made from a tensor of the device (it holds guard and stream where there are any) and has
 //   fill_uniform_index(int32_t* index, n, d, seed, start)       fill_balanced_index(int32_t* index, n, map, start)
-//   gather(const Acc* theta_d, const Acc* scale, d, const int32_t* index, T* out, n)
-//   segment_sum(const T* grad, n, const Acc* scale, d, const int32_t* order, const int32_t* offsets, Acc* out)
 #pragma once
 
 #include "checks.h"
@@ -39,83 +36,37 @@ void fill_balanced_index(const Tensor& index, int64_t D, int64_t d, int64_t seed
   Kernels(index).fill_balanced_index(data<int32_t>(index), index.numel(), map, static_cast<uint32_t>(start));
 }
 
-template <typename Kernels>
-Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, ScalarType dtype) {
-  constexpr auto op = "project";
+inline void check_theta_d(const char* op, const Tensor& theta_d, const Tensor& scale, ScalarType dtype) {
   if (theta_d.scalar_type() != ScalarType::Double) check_dtype(op, "theta_d", theta_d, ScalarType::Float);
   check_shape(op, "theta_d", theta_d, {-1});
   check_dtype(op, "scale", scale, theta_d.scalar_type());
   check_shape(op, "scale", scale, {theta_d.numel()});
-  check_dtype(op, "index", index, ScalarType::Int);
-  check_shape(op, "index", index, {-1});
   check_floating(op, "dtype", dtype);
   check_range(op, "len(theta_d)", theta_d.numel(), 1, kMaxElements);
-  check_range(op, "len(index)", index.numel(), 0, kMaxElements);
   check_same_device(op, "scale", scale, "theta_d", theta_d);
-  check_same_device(op, "index", index, "theta_d", theta_d);
-
-  const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
-  const Tensor columns = torch::stable::contiguous(index);
-  const Tensor out = torch::stable::new_empty(theta, {index.numel()}, dtype);
-  Kernels kernels(theta);
-  dispatch_floating(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto run = [&](auto acc) {
-      using Acc = typename decltype(acc)::type;
-      kernels.gather(const_data<Acc>(theta), const_data<Acc>(factor), theta.numel(), const_data<int32_t>(columns),
-                     data<T>(out), columns.numel());
-    };
-    if (theta.scalar_type() == ScalarType::Double) {
-      run(TypeTag<double>{});
-    } else {
-      run(TypeTag<float>{});
-    }
-  });
-  return out;
 }
 
-template <typename Kernels>
-Tensor project_transpose(const Tensor& grad_theta_D, const Tensor& scale, const Tensor& order, const Tensor& offsets) {
-  constexpr auto op = "project_transpose";
+inline void check_grad(const char* op, const Tensor& grad_theta_D, const Tensor& scale) {
   check_floating(op, "grad_theta_D", grad_theta_D.scalar_type());
   check_shape(op, "grad_theta_D", grad_theta_D, {-1});
   if (scale.scalar_type() != ScalarType::Double) check_dtype(op, "scale", scale, ScalarType::Float);
   check_shape(op, "scale", scale, {-1});
-  check_dtype(op, "order", order, ScalarType::Int);
-  check_shape(op, "order", order, {grad_theta_D.numel()});
-  check_dtype(op, "offsets", offsets, ScalarType::Int);
-  check_shape(op, "offsets", offsets, {scale.numel() + 1});
   check_range(op, "len(scale)", scale.numel(), 1, kMaxElements);
-  check_range(op, "len(order)", order.numel(), 0, kMaxElements);
+  check_range(op, "len(grad_theta_D)", grad_theta_D.numel(), 0, kMaxElements);
   check_same_device(op, "scale", scale, "grad_theta_D", grad_theta_D);
-  check_same_device(op, "order", order, "grad_theta_D", grad_theta_D);
-  check_same_device(op, "offsets", offsets, "grad_theta_D", grad_theta_D);
+}
 
-  const Tensor grad = torch::stable::contiguous(grad_theta_D), factor = torch::stable::contiguous(scale);
-  const Tensor members = torch::stable::contiguous(order), bounds = torch::stable::contiguous(offsets);
-  const Tensor out = torch::stable::new_empty(factor, {scale.numel()});
-  Kernels kernels(grad);
-  dispatch_floating(grad.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto run = [&](auto acc) {
-      using Acc = typename decltype(acc)::type;
-      kernels.segment_sum(const_data<T>(grad), grad.numel(), const_data<Acc>(factor), factor.numel(),
-                          const_data<int32_t>(members), const_data<int32_t>(bounds), data<Acc>(out));
-    };
-    if (scale.scalar_type() == ScalarType::Double) {
-      run(TypeTag<double>{});
-    } else {
-      run(TypeTag<float>{});
-    }
-  });
-  return out;
+inline void check_index(const char* op, const char* name, const Tensor& index, const char* other_name,
+                        const Tensor& other) {
+  check_dtype(op, name, index, ScalarType::Int);
+  check_shape(op, name, index, {-1});
+  check_range(op, "len(index)", index.numel(), 0, kMaxElements);
+  check_same_device(op, name, index, other_name, other);
 }
 
 }  // namespace unilora
 
-// Registers the operators that every device has.
-#define UNILORA_IMPL_PROJECTION(m, Kernels)                                         \
-  m.impl("fill_uniform_index", TORCH_BOX(&unilora::fill_uniform_index<Kernels>));   \
-  m.impl("fill_balanced_index", TORCH_BOX(&unilora::fill_balanced_index<Kernels>)); \
-  m.impl("project", TORCH_BOX(&unilora::project<Kernels>));                         \
-  m.impl("project_transpose", TORCH_BOX(&unilora::project_transpose<Kernels>))
+// Registers index generation, which every device has in the same way.
+#define UNILORA_IMPL_INDEX(m, Kernels)                                            \
+  m.impl("fill_uniform_index", TORCH_BOX(&unilora::fill_uniform_index<Kernels>)); \
+  m.impl("fill_balanced_index", TORCH_BOX(&unilora::fill_balanced_index<Kernels>))

@@ -2,15 +2,16 @@
 
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections.balanced import BalancedProjection
-from unilora_ext.projections.base import Projection, RowBlock, SeededProjection
+from unilora_ext.projections.base import Projection, SeededProjection
 from unilora_ext.projections.onehot import OneHotProjection
+from unilora_ext.projections.rows import Rows
 from unilora_ext.projections.uniform import UniformProjection
 
 __all__ = [
     "BalancedProjection",
     "OneHotProjection",
     "Projection",
-    "RowBlock",
+    "Rows",
     "UniformProjection",
     "make_projection",
     "projection_class",
@@ -30,6 +31,6 @@ def projection_class(name: str) -> type[SeededProjection]:
     return _BY_NAME[name]
 
 
-def make_projection(name: str, D: int, d: int, seed: int) -> SeededProjection:
+def make_projection(name: str, D: int, d: int, seed: int, materialize: bool | None = None) -> SeededProjection:
     """P [D, d] by name and seed."""
-    return projection_class(name)(D, d, seed=seed)
+    return projection_class(name)(D, d, seed=seed, materialize=materialize)

@@ -11,42 +11,19 @@ from torch import Tensor
 
 from unilora_ext import _C, ops
 from unilora_ext.errors import UniLoRAError
+from unilora_ext.projections.rows import Rows, SeededRows, StoredRows
 
-__all__ = ["Projection", "RowBlock"]
+__all__ = ["Projection", "SeededProjection"]
 
 
-class RowBlock:
-    """Rows of P on one device: what the operators read.
-
-    Attributes:
-        index: int32 [n], the column of each row.
-        order: int32 [n], the rows sorted by column, or None for a block that is used rarely.
-        offsets: int32 [d + 1], where each column starts in `order`, or None.
-    """
-
-    def __init__(self, projection: Projection, index: Tensor, *, sort: bool) -> None:
-        self._projection = projection
-        self._scales: dict[torch.dtype, Tensor] = {}
-        self.index = index
-        self.order, self.offsets = ops.segment_order(index, projection.d) if sort else (None, None)
-
-    def scale(self, dtype: torch.dtype) -> Tensor:
-        """1 / sqrt(n_j), [d], in `dtype` on this block's device; 0 for an empty column."""
-        if dtype not in self._scales:
-            self._scales[dtype] = self._projection.column_scale().to(device=self.index.device, dtype=dtype)
-        return self._scales[dtype]
-
-    def rows(self, start: int, stop: int) -> RowBlock:
-        """Rows [start, stop) of this block, as a view."""
-        part = RowBlock(self._projection, self.index[start:stop], sort=False)
-        part._scales = self._scales
-        return part
+_MOST_STORED = 1 << 27  # 512 MiB of index
 
 
 class Projection(ABC):
     """A fixed matrix P [D, d] with one non-zero in each row and columns of norm 1 (paper, section 3.2).
 
-    Immutable: copies share it. Its tables are made at first use on a device and kept: 8 bytes an element of theta_D.
+    Immutable: copies share it. What the operators read of it is made at first use on a device and kept, see
+    :meth:`rows`.
 
     Attributes:
         name: name of the index algorithm in an adapter file.
@@ -64,8 +41,8 @@ class Projection(ABC):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
                 raise UniLoRAError(f"{type(self).__name__}: {what}: expected an integer in [1, {limit}], got {value!r}")
         self.D, self.d = D, d
-        self._blocks: dict[torch.device, RowBlock] = {}
-        self._column_scale: Tensor | None = None
+        self._rows: dict[torch.device, Rows] = {}
+        self._scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @abstractmethod
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
@@ -77,36 +54,51 @@ class Projection(ABC):
 
     # -- what is derived ----------------------------------------------------------------------------------------------
 
-    def block(self, device: torch.device | str, ranges: Sequence[tuple[int, int]] | None = None) -> RowBlock:
+    def rows(self, device: torch.device | str, ranges: Sequence[tuple[int, int]] | None = None) -> Rows:
         """The rows of `ranges`, one after the other, on `device`; None: all rows (made once a device and kept)."""
         device = torch.device(device)
         if ranges is not None and list(ranges) != [(0, self.D)]:
-            return RowBlock(self, torch.cat([self.columns(*r, device=device) for r in ranges]), sort=True)
-        if device not in self._blocks:
-            self._blocks[device] = RowBlock(self, self.columns(0, self.D, device=device), sort=True)
-        return self._blocks[device]
+            return self._make_rows(device, ranges)
+        if device not in self._rows:
+            self._rows[device] = self._make_rows(device, [(0, self.D)])
+        return self._rows[device]
+
+    def _make_rows(self, device: torch.device, ranges: Sequence[tuple[int, int]]) -> Rows:
+        parts = [self.columns(start, stop, device=device) for start, stop in ranges]
+        return StoredRows(self, parts[0] if len(parts) == 1 else torch.cat(parts))
 
     @property
     def index(self) -> Tensor:
         """int32 [D] on the CPU: the column of each row."""
-        return self.block("cpu").index
+        rows = self.rows("cpu")
+        return rows.index if isinstance(rows, StoredRows) else self.columns(0, self.D)
 
     @property
     def counts(self) -> Tensor:
         """int32 [d] on the CPU: n_j, the number of rows in column j."""
-        return torch.bincount(self.columns(0, self.D), minlength=self.d).int()
+        counts, step = torch.zeros(self.d, dtype=torch.int64), 1 << 24  # a stretch at a time: D may be large
+        for start in range(0, self.D, step):
+            counts += torch.bincount(self.columns(start, min(self.D, start + step)), minlength=self.d)
+        return counts.int()
 
     def column_scale(self) -> Tensor:
         """float64 [d] on the CPU: 1 / sqrt(n_j), 0 for an empty column."""
-        if self._column_scale is None:
+        key = (torch.device("cpu"), torch.float64)
+        if key not in self._scales:
             counts = self.counts.double()
-            self._column_scale = torch.where(counts > 0, counts.rsqrt(), 0.0)
-        return self._column_scale
+            self._scales[key] = torch.where(counts > 0, counts.rsqrt(), 0.0)
+        return self._scales[key]
+
+    def scale_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """:meth:`column_scale` in `dtype` on `device`, kept."""
+        if (device, dtype) not in self._scales:
+            self._scales[device, dtype] = self.column_scale().to(device=device, dtype=dtype)
+        return self._scales[device, dtype]
 
     @property
     def scale(self) -> Tensor:
         """float32 [d] on the CPU: 1 / sqrt(n_j), 0 for an empty column."""
-        return self.column_scale().float()
+        return self.scale_on(torch.device("cpu"), torch.float32)
 
     def __call__(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """theta_D = P theta_d, differentiable.
@@ -119,12 +111,12 @@ class Projection(ABC):
             theta_D: [D] on the device of `theta_d`.
         """
         self._check_vector("theta_d", theta_d, self.d)
-        return ops.project(theta_d, self.block(theta_d.device), dtype)
+        return ops.project(theta_d, self.rows(theta_d.device), dtype)
 
     def transpose(self, g_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T g_D, differentiable: [D] -> [d], summed in float32 (float64 for float64) in a fixed order."""
         self._check_vector("g_D", g_D, self.D)
-        return ops.project_transpose(g_D, self.block(g_D.device), dtype)
+        return ops.project_transpose(g_D, self.rows(g_D.device), dtype)
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """P as a dense matrix [D, d] on the CPU: for tests and small examples."""
@@ -147,21 +139,25 @@ class Projection(ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_blocks": {}, "_column_scale": None}
+        return {**self.__dict__, "_rows": {}, "_scales": {}}
 
 
 class SeededProjection(Projection):
     """A projection whose index is a function of a seed.
 
-    Attributes:
+    Args:
+        D, d: rows and columns.
         seed: integer in [0, 2^63).
+        materialize: True: the index is stored, 4 bytes an element of theta_D (8 on CUDA). False: it is computed anew
+            in every projection, 0 bytes, on the CPU; values and gradients are the same to the bit. None: stored,
+            but for D > 2^27 on the CPU.
     """
 
-    def __init__(self, D: int, d: int, seed: int = 0) -> None:
+    def __init__(self, D: int, d: int, seed: int = 0, materialize: bool | None = None) -> None:
         super().__init__(D, d)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise UniLoRAError(f"{type(self).__name__}: seed: expected an integer in [0, 2^63), got {seed!r}")
-        self.seed = seed
+        self.seed, self.materialize = seed, materialize
 
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         if not 0 <= start <= stop <= self.D:
@@ -174,6 +170,14 @@ class SeededProjection(Projection):
     @abstractmethod
     def _fill(self, index: Tensor, start: int) -> None:
         """Writes the columns of positions start, start + 1, ... into `index`."""
+
+    def _make_rows(self, device: torch.device, ranges: Sequence[tuple[int, int]]) -> Rows:
+        if self.materialize is False and device.type == "cuda":
+            raise UniLoRAError(f"{self}: materialize=False: expected rows on the CPU, got {device}")
+        stored = self.materialize if self.materialize is not None else self.D <= _MOST_STORED
+        if stored or device.type != "cpu":
+            return super()._make_rows(device, ranges)
+        return SeededRows(self, ranges)
 
     def spec(self) -> dict[str, Any]:
         return {"name": self.name, "version": self.version, "seed": self.seed}

@@ -1,0 +1,78 @@
+"""One adapted linear layer, forward and backward, over the frozen layer: what an adapter costs a layer.
+
+Every rival is a module with a frozen weight; the input needs a gradient, as inside a model. The projection is not
+part of it (it runs once a step for all layers): unilora_ext's factors are made once outside, as in a model's forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Options, Row, measure, rows_of, threads
+from rivals import adapted
+from torch import nn
+
+import unilora_ext as ul
+
+# n = m, tokens, r
+CASES = [(1024, 256, 4), (384, 1024, 4), (384, 1024, 16), (1024, 64, 4), (1024, 1024, 4), (1024, 256, 64)]
+KINDS = ("frozen", "unilora_ext", "peft-unilora", "peft-lora")
+
+
+class One(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def run(options: Options) -> list[Row]:
+    rows: list[Row] = []
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    for width, tokens, r in CASES:
+        x = torch.randn(tokens, width, device=options.device, dtype=dtype, requires_grad=True)
+        grad = torch.randn(tokens, width, device=options.device, dtype=dtype)
+        steps: dict[str, Callable[[], Any]] = {}
+        saved: dict[str, int] = {}
+        for kind in KINDS:
+            layer = adapted(kind, lambda: One(width), ["linear"], r, 2 * width * r // 16)
+            layer = layer.to(options.device, dtype)
+            steps[kind] = _step(layer, kind, x, grad)
+            saved[kind] = saved_bytes(layer, x)
+        for count in options.threads if options.device == "cpu" else (None,):
+            with threads(count or torch.get_num_threads()):
+                case: Row = {"n": width, "m": width, "tokens": tokens, "r": r, "threads": count}
+                for row in rows_of("lora_linear", case, measure(steps, options), "frozen"):
+                    rows.append({**row, "saved_bytes": saved[row["rival"]]})
+    return rows
+
+
+def _step(layer: nn.Module, kind: str, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], Any]:
+    if kind != "unilora_ext":
+        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        return lambda: torch.autograd.grad(layer(x), wanted, grad)
+    A, B = (f.detach().requires_grad_() for f in layer.linear.lora_factors())
+    weight, bias = layer.linear.weight, layer.linear.bias
+    return lambda: torch.autograd.grad(ul.lora_linear(x, weight, bias, A, B), (x, A, B), grad)
+
+
+def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
+    """Bytes that autograd keeps from the layer's forward to its backward, without x and the layer's own parameters."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return sum(kept.values())

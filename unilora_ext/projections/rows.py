@@ -1,0 +1,116 @@
+"""Rows of P on one device: what the operators read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from unilora_ext.projections.base import Projection, SeededProjection
+
+__all__ = ["Rows", "SeededRows", "StoredRows"]
+
+ops = torch.ops.unilora
+
+
+class Rows(ABC):
+    """Some rows of P on one device.
+
+    Args:
+        projection: P.
+        device: where theta_d and theta_D of these rows are.
+    """
+
+    def __init__(self, projection: Projection, device: torch.device) -> None:
+        self.projection, self.device = projection, device
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """1 / sqrt(n_j), [d], in `dtype` on this device; 0 for an empty column."""
+        return self.projection.scale_on(self.device, dtype)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
+    def gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
+        """theta_D of these rows, in `dtype`, from theta_d [d], float32 or float64."""
+
+    @abstractmethod
+    def scatter(self, g_D: Tensor, dtype: torch.dtype) -> Tensor:
+        """g_d [d] in `dtype`, float32 or float64, from g_D of these rows."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes kept, beside the d numbers of :meth:`scale`."""
+
+
+class StoredRows(Rows):
+    """Rows with a stored index: 4 bytes a row; on CUDA 8, once gradients are wanted.
+
+    Args:
+        projection: P.
+        index: int32 [n], the column of each row.
+    """
+
+    def __init__(self, projection: Projection, index: Tensor) -> None:
+        super().__init__(projection, index.device)
+        self.index = index
+        self._members: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def members(self) -> tuple[Tensor, Tensor]:
+        """(order int32 [n], offsets int32 [d + 1]): column j has the rows ``order[offsets[j]:offsets[j + 1]]``, in
+        ascending order. Made once."""
+        if self._members is None:
+            columns, order = torch.sort(self.index, stable=True)
+            bounds = torch.arange(self.projection.d + 1, dtype=columns.dtype, device=columns.device)
+            self._members = order.int(), torch.searchsorted(columns, bounds).int()
+        return self._members
+
+    def gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
+        return ops.project(theta_d, self.scale(theta_d.dtype), self.index, dtype)
+
+    def scatter(self, g_D: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.index.is_cuda:
+            return ops.project_segment_sum(g_D, self.scale(dtype), *self.members())
+        return ops.project_scatter(g_D, self.scale(dtype), self.index)
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + sum(t.nbytes for t in self._members or ())
+
+
+class SeededRows(Rows):
+    """Rows whose index is computed on the way: nothing is kept. On the CPU.
+
+    Args:
+        projection: P, seeded.
+        ranges: (start, stop) pairs of the rows.
+    """
+
+    def __init__(self, projection: SeededProjection, ranges: Sequence[tuple[int, int]]) -> None:
+        super().__init__(projection, torch.device("cpu"))
+        bounds = [bound for pair in ranges for bound in pair]
+        self._source = projection.name, projection.D, projection.seed, bounds
+        self._len = sum(stop - start for start, stop in ranges)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
+        return ops.project_seeded(theta_d, self.scale(theta_d.dtype), *self._source, dtype)
+
+    def scatter(self, g_D: Tensor, dtype: torch.dtype) -> Tensor:
+        return ops.project_seeded_scatter(g_D, self.scale(dtype), *self._source)
+
+    @property
+    def nbytes(self) -> int:
+        return 0
