@@ -30,7 +30,9 @@ def run(options: Options) -> list[Row]:
     case: Row = {"model": model.name, "D": model.D, "d": model.d}
     rows = list(rows_of("attach", case, times, "PEFT UniLora, index alone"))
     for size in MODELS:
-        stored, computed = (ul.UniformProjection(size.D, size.d, materialize=m).rows("cpu").nbytes for m in (True, False))
+        stored, computed = (
+            ul.UniformProjection(size.D, size.d, materialize=m).rows("cpu").nbytes for m in (True, False)
+        )
         kept = {"unilora_ext": stored, "unilora_ext, computed": computed, "PEFT UniLora": peft_factors(size)[2]}
         for name, nbytes in kept.items():
             case = {"model": size.name, "D": size.D, "d": size.d, "rival": name}

@@ -7,6 +7,7 @@ part of it (it runs once a step for all layers): unilora_ext's factors are made 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def run(options: Options) -> list[Row]:
         steps: dict[str, Callable[[], Any]] = {}
         saved: dict[str, int] = {}
         for kind in KINDS:
-            layer = adapted(kind, lambda: One(width), ["linear"], r, 2 * width * r // 16)
+            layer = adapted(kind, partial(One, width), ["linear"], r, 2 * width * r // 16)
             layer = layer.to(options.device, dtype)
             steps[kind] = _step(layer, kind, x, grad)
             saved[kind] = saved_bytes(layer, x)

@@ -60,8 +60,11 @@ def _case(model: Model, count: int | None, options: Options) -> list[Row]:
     forward["PEFT UniLora"] = rebuild
     backward["PEFT UniLora"] = _backward_of(factors, peft_theta_d, grads)
 
-    rows = list(rows_of("projection", {**case, "pass": "forward"}, measure(forward, options), "copy of theta_D"))
-    return rows + list(rows_of("projection", {**case, "pass": "backward"}, measure(backward, options), "copy of theta_D"))
+    rows: list[Row] = []
+    for name, rivals in (("forward", forward), ("backward", backward)):
+        times = measure(rivals, options)
+        rows += rows_of("projection", {**case, "pass": name}, times, "copy of theta_D")
+    return rows
 
 
 def _projections(D: int, d: int, options: Options) -> list[tuple[str, ul.Projection]]:

@@ -1,8 +1,8 @@
 """What every benchmark shares: rivals measured in turn, honest statistics, rows with the machine they came from.
 
 A benchmark is a module ``bench_<stem>.py`` with ``run(options) -> list of rows``. Rivals of one case are called in turn,
-one call each, round after round, so that a change of the machine's speed hits all alike. A time is the median of
-the rounds, with the 20th and 80th percentile; what is quoted are ratios of times from the same rounds.
+one call each, round after round, so that a change of the machine's speed hits all alike. A time is the median of the
+rounds, with the 20th and 80th percentile; what is quoted are ratios of times from the same rounds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Options:
     threads: tuple[int, ...] = (1, 2)
 
 
-def measure(rivals: Mapping[str, Callable[[], Any]], options: Options, *, least: int = 7, most: int = 200) -> dict[str, list[float]]:
+def measure(
+    rivals: Mapping[str, Callable[[], Any]], options: Options, *, least: int = 7, most: int = 200
+) -> dict[str, list[float]]:
     """Milliseconds of each call, rivals in turn.
 
     Args:

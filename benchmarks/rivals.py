@@ -14,7 +14,7 @@ import unilora_ext as ul
 
 
 def layers_without_weights(model: Model) -> nn.Module:
-    """The model's linear layers with weights that are reserved and never touched: only their shapes matter here."""
+    """The model's linear layers, their weights reserved and never touched: only the shapes matter here."""
     with torch.device("meta"):
         layers = nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in model.modules)
     return nn.ModuleDict({"linear": layers.to_empty(device="cpu")})
