@@ -21,7 +21,7 @@ def layers_without_weights(model: Model) -> nn.Module:
 
 
 def peft_factors(model: Model) -> tuple[Tensor, Callable[[], list[Tensor]], int]:
-    """PEFT's UniLora on the layers of `model`: (theta_d, a function that rebuilds all A and B, bytes of its buffers)."""
+    """PEFT's UniLora on the layers of `model`: theta_d, a function that rebuilds all A and B, bytes of its buffers."""
     names = [f"linear.{i}" for i in range(len(model.modules))]
     config = UniLoraConfig(r=model.r, theta_d_length=model.d, target_modules=names)
     peft_model = get_peft_model(layers_without_weights(model), config)
