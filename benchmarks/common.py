@@ -1,8 +1,8 @@
 """What every benchmark shares: rivals measured in turn, honest statistics, rows with the machine they came from.
 
 A benchmark is a module ``bench_<stem>.py`` with ``run(options) -> list of rows``. Rivals of one case are called in
-turn, one call each, round after round, so that a change of the machine's speed hits all alike. A time is the median of the
-rounds, with the 20th and 80th percentile; what is quoted are ratios of times from the same rounds.
+turn, one call each, round after round, so that a change of the machine's speed hits all alike. A time is the median of
+the rounds, with the 20th and 80th percentile; what is quoted are ratios of times from the same rounds.
 """
 
 from __future__ import annotations
