@@ -18,7 +18,7 @@ from torch import nn
 import unilora_ext as ul
 
 # n = m, tokens, r
-CASES = [(1024, 256, 4), (384, 1024, 4), (384, 1024, 16), (1024, 64, 4), (1024, 1024, 4), (1024, 256, 64)]
+CASES = [(1024, tokens, 4) for tokens in (16, 64, 256, 1024)] + [(1024, 256, 64), (384, 1024, 4), (384, 1024, 16)]
 KINDS = ("frozen", "unilora_ext", "peft-unilora", "peft-lora")
 
 

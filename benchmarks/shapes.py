@@ -31,6 +31,10 @@ class Model:
 
 
 LLAMA2_7B = Model("Llama2-7B", tuple(LLAMA2_7B_BLOCK.values()) * 32, 4, 524_288)
+# (m, n) of the six linear layers of a RoBERTa-large block
+ROBERTA_LARGE_BLOCK = ((1024, 1024),) * 4 + ((4096, 1024), (1024, 4096))
+
 ROBERTA_LARGE = Model("RoBERTa-large", ((1024, 1024),) * 48, 4, 23_040)
 MINILM = Model("MiniLM", ((384, 384),) * 12, 4, 2048)
-MODELS = (MINILM, ROBERTA_LARGE, LLAMA2_7B)
+ROBERTA_LARGE_ALL = Model("RoBERTa-large, all linear", ROBERTA_LARGE_BLOCK * 24, 4, 98_304)
+MODELS = (MINILM, ROBERTA_LARGE, ROBERTA_LARGE_ALL, LLAMA2_7B)

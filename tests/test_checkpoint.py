@@ -137,7 +137,7 @@ def test_killed_in_mid_save_the_folder_still_loads(tmp_path):
     """SIGKILL at random moments of a process that does nothing but save."""
     command = [sys.executable, "-c", SAVE_FOREVER, tmp_path / "adapter", Path(__file__).parent]
     for _ in range(5):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         process.stdout.readline()
         time.sleep(float(torch.rand(())) * 0.3)
         process.send_signal(signal.SIGKILL)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -51,7 +52,8 @@ def outcome(folder):
 
 def kill_when(arguments, condition):
     """Starts a run and kills it at the first moment in which `condition` holds."""
-    process = subprocess.Popen([sys.executable, "-m", "unilora_ext", *arguments], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "unilora_ext", *arguments]
+    process = subprocess.Popen(command, cwd=tempfile.gettempdir(), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and not condition():
         assert time.monotonic() < deadline
@@ -75,7 +77,8 @@ def assert_loads(output):
 
 
 def resume(output):
-    subprocess.run([sys.executable, "-m", "unilora_ext", "finetune", "--resume", str(output)], check=True)
+    command = [sys.executable, "-m", "unilora_ext", "finetune", "--resume", str(output)]
+    subprocess.run(command, cwd=tempfile.gettempdir(), check=True)
 
 
 def test_killed_in_mid_epoch(data, uninterrupted, tmp_path):
@@ -167,7 +170,7 @@ def test_a_second_process_is_kept_out(tmp_path):
 
 def test_interrupted_by_the_keyboard(data, tmp_path):
     arguments = [sys.executable, "-m", "unilora_ext", *command(data, tmp_path / "run")]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not steps(tmp_path / "run", True):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -35,7 +36,9 @@ def arguments(folder, output, *more):
 
 
 def fresh_process(*command):
-    result = subprocess.run([sys.executable, "-m", "unilora_ext", *map(str, command)], capture_output=True, text=True)
+    # Not in a source folder: there, Python would import the package that is not installed.
+    words = [sys.executable, "-m", "unilora_ext", *map(str, command)]
+    result = subprocess.run(words, cwd=tempfile.gettempdir(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -8,9 +8,7 @@
 >>> adapter.save("adapter")
 """
 
-import torch  # noqa: F401  loads the libtorch that the native libraries link to
-
-from unilora_ext._C import version as __version__
+from unilora_ext._native import _C
 from unilora_ext.adapter import Adapter, attach, get_adapter
 from unilora_ext.checkpoint import AdapterFile, load, read
 from unilora_ext.config import UniLoRAConfig, default_d
@@ -41,3 +39,5 @@ __all__ = [
     "lora_linear",
     "read",
 ]
+
+__version__: str = _C.version

@@ -1,44 +1,24 @@
 """The operators of namespace ``unilora`` as differentiable functions, with fake kernels for tracing.
 
-Importing this module loads the native libraries: ``_C`` (schemas, CPU kernels) and, where PyTorch has CUDA and the
-package was built with nvcc, ``_C_cuda``. ``reference.py`` holds an oracle of every operator under the same name.
+``reference.py`` holds an oracle of every operator under the same name.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:
-    from unilora_ext import _C  # noqa: F401  registers the operators
-except ImportError as error:  # a source folder that was not built, or a build for another Python
-    raise ImportError(
-        f"unilora_ext: the native library _C of {Path(__file__).parent} cannot be loaded ({error}). "
-        "Build it: pip install . (or pip install -e . in a source checkout)"
-    ) from error
+import unilora_ext._native  # noqa: F401  registers the operators
 
 if TYPE_CHECKING:
     from unilora_ext.projections.rows import Rows
 
-__all__ = ["cuda_library", "lora_linear", "project", "project_transpose"]
+__all__ = ["lora_linear", "project", "project_transpose"]
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
-
-
-def _load_cuda_library() -> Path | None:
-    path = Path(__file__).parent / "_C_cuda.so"
-    if torch.version.cuda is None or not path.is_file():
-        return None
-    torch.ops.load_library(path)
-    return path
-
-
-cuda_library: Path | None = _load_cuda_library()
-"""The CUDA library in use; None where PyTorch has no CUDA or the package was built without nvcc."""
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -38,7 +38,7 @@ def need(*modules: str) -> None:
         extra = "demo" if any(_EXTRAS[name] == "demo" for name in missing) else "train"
         raise CliError(
             f"expected the Python package{'s' * (len(missing) > 1)} {', '.join(missing)}, got no such package; "
-            f'install pip install "unilora-ext[{extra}]"'
+            f'install with: pip install "unilora-ext[{extra}]"'
         )
 
 

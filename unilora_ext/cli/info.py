@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unilora_ext import _C, ops
+from unilora_ext._native import _C, cuda_library
 
 __all__ = ["command", "facts"]
 
@@ -52,8 +52,8 @@ def _gpu(properties: Any) -> str:
 
 
 def _cuda_library() -> str:
-    if ops.cuda_library is not None:
-        return f"loaded, {ops.cuda_library}"
+    if cuda_library is not None:
+        return f"loaded, {cuda_library}"
     return "not loaded: torch has no CUDA" if torch.version.cuda is None else "not loaded: it was not built"
 
 

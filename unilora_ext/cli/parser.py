@@ -67,6 +67,15 @@ def make_parser() -> argparse.ArgumentParser:
     info = add("info", "info:command", "versions, what was built, devices")
     info.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
+    bench = add(
+        "bench",
+        "bench:command",
+        "measure speed and memory beside PEFT's, from a source checkout",
+        "Writes rows and pictures to benchmarks/results/. What follows is for benchmarks/run.py; see its --help.",
+    )
+    bench.add_argument("--folder", default="benchmarks", metavar="FOLDER", help="default: %(default)s")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="names of benchmarks, and options")
+
     demo = add(
         "demo",
         "demo:command",

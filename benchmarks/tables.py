@@ -1,0 +1,107 @@
+"""The README's tables, written from the rows in results/ between markers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from common import RESULTS, Row
+from pictures import load
+
+README = RESULTS.parents[1] / "README.md"
+
+
+def renew() -> list[Path]:
+    """Rewrites what stands between ``<!-- NAME table -->`` and ``<!-- end -->`` for each table whose results are
+    there; returns the README's path if it changed."""
+    before = text = README.read_text()
+    for name, needed, lines in (("demo", "demo.json", _demo), ("cpu", "projection-cpu.json", _cpu)):
+        begin, end = f"<!-- {name} table -->\n", "<!-- end -->"
+        if begin in text and (RESULTS / needed).is_file():
+            head, rest = text.split(begin, 1)
+            text = head + begin + "\n".join(lines()) + "\n" + end + rest.split(end, 1)[1]
+    README.write_text(text)
+    return [README] if text != before else []
+
+
+def _demo() -> list[str]:
+    document = json.loads((RESULTS / "demo.json").read_text())
+    machine, demo, results = document["machine"], document["demo"], document["results"]
+    sizes, rows = results["sizes"], results["rows"]
+    return [
+        f"The demo fine-tunes all-MiniLM-L6-v2 on {rows['training'] + rows['validation']:,} Rotten Tomatoes reviews "
+        f"and scores {rows['test']:,} others: {demo['seconds']:.0f} seconds on {machine['cores']} cores "
+        f"({machine['device']}), no network.",
+        "",
+        "| | test accuracy | bytes stored |",
+        "| --- | --- | --- |",
+        f"| frozen model, logistic regression on mean-pooled features | {demo['frozen']['accuracy']:.4f} "
+        f"| {demo['frozen']['bytes']:,} |",
+        f"| Uni-LoRA, theta_d of {sizes['d']:,} numbers | {results['test']['accuracy']:.4f} "
+        f"| {sizes['theta_d_bytes']:,} |",
+        f"| the same LoRA would store | | {sizes['lora_bytes']:,} |",
+        f"| the model | | {sizes['model_bytes']:,} |",
+        "",
+        f"(A head of {sizes['head_bytes']:,} bytes comes with each.)",
+    ]
+
+
+def _pick(rows: list[Row], **wanted: object) -> Row:
+    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    if not found:
+        raise LookupError(f"no row with {wanted}")
+    return found[0]
+
+
+def _cpu() -> list[str]:
+    machine = json.loads((RESULTS / "projection-cpu.json").read_text())["machine"]
+    versions = machine["versions"]
+    lines = [
+        f"{machine['device']}, {machine['cores']} cores, torch {versions['torch']}, PEFT {versions['peft']}, commit "
+        f"{machine['commit']}. Medians; ratios are of times from the same rounds.",
+        "",
+        "| what | threads | ours | over the limit | PEFT UniLora | PEFT / ours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    projection = load("projection", "cpu")
+    for model in dict.fromkeys(row["model"] for row in projection):
+        for name in ("forward", "backward"):
+            for count in dict.fromkeys(row["threads"] for row in projection):
+                case = {"model": model, "pass": name, "threads": count}
+                ours = _pick(projection, **case, rival="unilora_ext uniform")
+                peft = _pick(projection, **case, rival="PEFT UniLora")
+                lines.append(
+                    f"| projection, {name}, {model} (D = {ours['D']:,}) | {count} | {ours['median_ms']:.3g} ms "
+                    f"| {ours['ratio']:.2f} x a copy of theta_D | {peft['median_ms']:.3g} ms "
+                    f"| {peft['median_ms'] / ours['median_ms']:.1f} |"
+                )
+    layer = load("lora_linear", "cpu")
+    for n, tokens, r, count in dict.fromkeys((x["n"], x["tokens"], x["r"], x["threads"]) for x in layer):
+        case = {"n": n, "tokens": tokens, "r": r, "threads": count}
+        ours, peft = (_pick(layer, **case, rival=rival) for rival in ("unilora_ext", "peft-unilora"))
+        lines.append(
+            f"| layer, forward + backward, {n} x {n}, {tokens} tokens, r = {r} | {count} | {ours['median_ms']:.3g} ms "
+            f"| {ours['ratio']:.2f} x the frozen layer | {peft['median_ms']:.3g} ms ({peft['ratio']:.2f} x) "
+            f"| {peft['median_ms'] / ours['median_ms']:.2f} |"
+        )
+    for step in load("step", "cpu"):
+        if step["rival"] == "unilora_ext":
+            peft = _pick(load("step", "cpu"), model=step["model"], rival="peft-unilora")
+            lines.append(
+                f"| training step, {step['model']} | {step['threads']} | {step['median_ms']:.3g} ms "
+                f"| {step['ratio']:.2f} x PEFT LoRA | {peft['median_ms']:.3g} ms "
+                f"| {peft['median_ms'] / step['median_ms']:.2f} |"
+            )
+    attach = load("attach", "cpu")
+    ours = _pick(attach, rival="unilora_ext, attach and index")
+    peft = _pick(attach, rival="PEFT UniLora, index alone")
+    lines.append(
+        f"| attach to {ours['model']}, index included | | {ours['median_ms']:.3g} ms | "
+        f"| {peft['median_ms']:.3g} ms (index alone) | {peft['median_ms'] / ours['median_ms']:.1f} |"
+    )
+    kept = [_pick(attach, bench="memory", model="Llama2-7B", rival=rival) for rival in ("unilora_ext", "PEFT UniLora")]
+    lines.append(
+        f"| bytes kept an element of theta_D | | {kept[0]['bytes_per_element']:.0f} (0 computed) | "
+        f"| {kept[1]['bytes_per_element']:.0f} | {kept[1]['bytes_per_element'] / kept[0]['bytes_per_element']:.0f} |"
+    )
+    return lines
