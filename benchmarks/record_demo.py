@@ -19,7 +19,9 @@ def main(folder: str = "unilora-demo") -> int:
     report = Path(folder) / "report"
     demo, metrics = (json.loads((report / name).read_text()) for name in ("demo.json", "metrics.json"))
     document = {"machine": machine(Options()), "demo": demo, "results": metrics["results"], "timing": metrics["timing"]}
-    document["results"]["settings"].pop("model", None)  # a path of the machine it ran on
+    settings = document["results"]["settings"]
+    for name in ("model", "data", "test", "validation"):  # paths of the machine it ran on
+        settings.pop(name, None)
     (RESULTS / "demo.json").write_text(json.dumps(document, indent=1) + "\n")
     shutil.copyfile(report / "report.png", RESULTS / "demo.png")
     for path in (RESULTS / "demo.json", RESULTS / "demo.png", *tables.renew()):

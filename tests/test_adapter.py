@@ -30,6 +30,23 @@ def test_forward_is_the_dense_update(projection, alpha):
     torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("projection", ["uniform", "balanced"])
+def test_a_computed_index_changes_nothing(projection):
+    """materialize=False: the same outputs and gradients to the bit, nothing kept."""
+    stored, x = Tower(), tokens()
+    computed = copy.deepcopy(stored)
+    adapters = [
+        ul.attach(model, config(projection=projection, materialize=m))
+        for model, m in ((stored, True), (computed, False))
+    ]
+    with torch.no_grad():
+        adapters[1].theta_d.copy_(adapters[0].theta_d)
+    for model in (stored, computed):
+        model(x).square().sum().backward()
+    assert torch.equal(stored(x), computed(x)) and torch.equal(adapters[0].theta_d.grad, adapters[1].theta_d.grad)
+    assert adapters[1].projection.rows("cpu").nbytes == 0
+
+
 def test_gradient_is_the_projected_dense_gradient():
     model, x = Tower().double(), tokens()
     plain = copy.deepcopy(model)

@@ -62,7 +62,7 @@ def plan(model: nn.Module, config: UniLoRAConfig) -> tuple[list[Target], UniLoRA
             f"attach: d: expected at most D = {D}, the number of LoRA values of the {len(targets)} target modules at "
             f"r = {config.r}; got {config.d}"
         )
-    return targets, config, make_projection(config.projection, D, config.d, config.seed)
+    return targets, config, make_projection(config.projection, D, config.d, config.seed, config.materialize)
 
 
 def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:

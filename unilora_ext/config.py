@@ -42,6 +42,9 @@ class UniLoRAConfig:
         dropout: probability with which an input of the LoRA path is zeroed in training.
         init_bound: theta_d starts uniform in [-init_bound, init_bound]. 0 would never train: both factors and so all
             gradients would be zero.
+        materialize: whether the projection's index is stored (4 bytes an element of theta_D on the CPU, 8 on CUDA) or
+            computed anew each time (0 bytes, slower, on the CPU); the same values and gradients. None: stored, but
+            for D > 2^27 on the CPU.
         modules_to_save: modules (names or name endings) that are trained and saved whole, such as a new classifier.
 
     Raises:
@@ -57,6 +60,7 @@ class UniLoRAConfig:
     dropout: float = 0.0
     init_bound: float = 0.02
     modules_to_save: Sequence[str] = ()
+    materialize: bool | None = None
 
     def __post_init__(self) -> None:
         _expect("r", _is_int(self.r) and self.r >= 1, "an integer >= 1", self.r)
@@ -65,6 +69,7 @@ class UniLoRAConfig:
         _expect("alpha", self.alpha is None or _is_number(self.alpha), "a number or None", self.alpha)
         _expect("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)", self.dropout)
         _expect("init_bound", _is_number(self.init_bound) and self.init_bound > 0, "a number > 0", self.init_bound)
+        _expect("materialize", self.materialize in (True, False, None), "True, False or None", self.materialize)
         projection_class(self.projection)
         if isinstance(self.target_modules, str):
             _check_pattern(self.target_modules)
