@@ -16,7 +16,8 @@ constexpr int64_t kRows = 9'994'240 / 16, kColumns = 524'288 / 16;  // a sixteen
 COUNTED plain_gather(const float* theta_d, const float* scale, const int64_t* index, float* out) {
   for (int64_t i = 0; i < kRows; ++i) out[i] = theta_d[index[i]] * scale[index[i]];
 }
-COUNTED plain_segment_sum(const float* g, const float* scale, const int32_t* order, const int32_t* offsets, float* out) {
+COUNTED plain_segment_sum(const float* g, const float* scale, const int32_t* order, const int32_t* offsets,
+                          float* out) {
   for (int64_t j = 0; j < kColumns; ++j) {
     float sum = 0;
     for (int32_t k = offsets[j]; k < offsets[j + 1]; ++k) sum += g[order[k]];
@@ -66,14 +67,20 @@ int main(int argc, char** argv) {
   std::vector<float> rows(kRows, 1), columns(kColumns, 1), table(kColumns, 1), scale(kColumns, 1);
 
   const auto is = [&](const char* other) { return std::strcmp(name, other) == 0; };
-  if (is("plain_gather")) plain_gather(table.data(), scale.data(), wide.data(), rows.data());
+  if (is("plain_gather"))
+    plain_gather(table.data(), scale.data(), wide.data(), rows.data());
   else if (is("plain_segment_sum"))
     plain_segment_sum(rows.data(), scale.data(), order.data(), offsets.data(), columns.data());
-  else if (is("stored_gather")) stored_gather(index.data(), table.data(), rows.data());
-  else if (is("stored_scatter")) stored_scatter(index.data(), rows.data(), columns.data());
-  else if (is("uniform_gather")) uniform_gather(table.data(), rows.data());
-  else if (is("balanced_gather")) balanced_gather(table.data(), rows.data());
-  else return 2;
+  else if (is("stored_gather"))
+    stored_gather(index.data(), table.data(), rows.data());
+  else if (is("stored_scatter"))
+    stored_scatter(index.data(), rows.data(), columns.data());
+  else if (is("uniform_gather"))
+    uniform_gather(table.data(), rows.data());
+  else if (is("balanced_gather"))
+    balanced_gather(table.data(), rows.data());
+  else
+    return 2;
   std::printf("%lld\n", static_cast<long long>(kRows));
   return 0;
 }
