@@ -6,7 +6,7 @@ Models: the shape of all-MiniLM-L6-v2, and of a 12-layer, 768-wide encoder, with
 from __future__ import annotations
 
 import json
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,9 +73,14 @@ def peak_bytes(name: str, kind: str, device: str) -> int:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def resident_peak() -> int:
+    """Most resident bytes of this process. (getrusage's figure would count the parent's, before exec.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.M)[1]) * 1024
+
+
 if __name__ == "__main__":
     of_step = step_of(*sys.argv[1:4])
     for _ in range(3):
         of_step()
-    on_gpu = sys.argv[3] == "cuda"
-    print(torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(torch.cuda.max_memory_allocated() if sys.argv[3] == "cuda" else resident_peak())

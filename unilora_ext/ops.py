@@ -161,24 +161,18 @@ def project_transpose(g_D: Tensor, rows: Rows, dtype: torch.dtype | None = None)
 class LoraLinearFunction(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T. Saves x, h = x A^T, W, A and B."""
 
+    # The forward that takes ctx: with a setup_context of its own, PyTorch inspects the signature in every call, which
+    # costs a small layer as much as its low-rank part.
     @staticmethod
-    def forward(x, weight, bias, A, B, scaling):
-        return torch.ops.unilora.lora_linear(x, weight, bias, A, B, scaling)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, A, B, scaling = inputs
-        _, h = output
-        ctx.mark_non_differentiable(h)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, x, weight, bias, A, B, scaling):
+        y, h = torch.ops.unilora.lora_linear(x, weight, bias, A, B, scaling)
         ctx.save_for_backward(x, h, weight, A, B)
         ctx.scaling = scaling
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y, _):
-        if grad_y is None:
-            return (None,) * 6
+    def backward(ctx, grad_y):
         x, h, weight, A, B = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         grad_x = grad_A = grad_B = grad_weight = grad_bias = None
@@ -231,8 +225,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         dtype = autocast_dtype(x.device, x.dtype)
         x, weight, A, B = (t.to(dtype) for t in (x, weight, A, B))
         bias = None if bias is None else bias.to(dtype)
-    y, _ = LoraLinearFunction.apply(x, weight, bias, A, B, float(scaling))
-    return y
+    return LoraLinearFunction.apply(x, weight, bias, A, B, float(scaling))
 
 
 # ---- the same derivatives for who calls torch.ops.unilora directly --------------------------------------------------
@@ -296,12 +289,23 @@ def _seeded_scatter_backward(ctx, grad_g_d):
     return torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype), *[None] * 5
 
 
+def _save_lora_linear(ctx, inputs, output):
+    x, weight, _, A, B, ctx.scaling = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(x, h, weight, A, B)
+
+
+def _lora_linear_backward(ctx, grad_y, _):
+    return LoraLinearFunction.backward(ctx, grad_y)
+
+
 for _name, _backward, _save in (
     ("project", _project_backward, _save_project),
     ("project_scatter", _scatter_backward, _save_scatter),
     ("project_segment_sum", _segment_sum_backward, _save_segment_sum),
     ("project_seeded", _seeded_backward, _save_seeded),
     ("project_seeded_scatter", _seeded_scatter_backward, _save_seeded_scatter),
-    ("lora_linear", LoraLinearFunction.backward, LoraLinearFunction.setup_context),
+    ("lora_linear", _lora_linear_backward, _save_lora_linear),
 ):
     torch.library.register_autograd(f"unilora::{_name}", _backward, setup_context=_save)

@@ -62,13 +62,18 @@ inline LoraLinearSizes check_lora_linear(const char* op, const Tensor& x, const 
   return sizes;
 }
 
+// A call through the dispatcher costs microseconds, which count in a layer of few tokens: none for what is there.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline Tensor with_leading(const Tensor& t, std::vector<int64_t> leading, int64_t last) {
+  if (leading.size() == 1) return t;
   leading.push_back(last);
   return torch::stable::view(t, leading);
 }
 
 inline Tensor rows_of(const Tensor& t, int64_t N, int64_t last) {
-  return torch::stable::view(torch::stable::contiguous(t), {N, last});
+  const Tensor rows = dense(t);
+  return rows.dim() == 2 ? rows : torch::stable::view(rows, {N, last});
 }
 
 template <typename Kernels>
@@ -82,7 +87,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     check_same_device(op, "bias", *bias, "x", x);
   }
   const Tensor rows = rows_of(x, s.N, s.n);
-  const Tensor a = torch::stable::contiguous(A), b = torch::stable::contiguous(B);
+  const Tensor a = dense(A), b = dense(B);
   const Tensor y = call_linear(rows, weight, bias);
   const Tensor h = torch::stable::new_empty(rows, {s.N, s.r}, accumulator_dtype(x.scalar_type()));
   Kernels kernels(rows);
@@ -113,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
   if (h.numel() != s.N * s.r) fail(op, "h: expected ", s.N * s.r, " elements, got shape ", shape_of(h));
 
   const Tensor dy = rows_of(grad_y, s.N, s.m);
-  const Tensor a = torch::stable::contiguous(A), b = torch::stable::contiguous(B);
+  const Tensor a = dense(A), b = dense(B);
   // An operator's outputs must not alias: each missing gradient is an empty tensor of its own.
   Tensor grad_x = need_grad_x ? torch::stable::matmul(dy, weight) : torch::stable::new_empty(dy, {0});
   const Tensor grad_A =
@@ -125,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
     using T = typename decltype(tag)::type;
     using Acc = accumulator<T>;
     const bool need_u = need_grad_x || need_grad_A;
-    const Tensor hidden = torch::stable::contiguous(h);
+    const Tensor hidden = dense(h);
     const Tensor u = torch::stable::new_empty(dy, {need_u ? s.N : 0, s.r}, acc_dtype);
     const T *g = const_data<T>(dy), *factor = const_data<T>(b);
     if (need_u && need_grad_B) {

@@ -86,14 +86,16 @@ struct CpuLoraLinear {
                        [&](int64_t i, int64_t rows) { add(i, rows, own); });
       }
     });
+    Acc* total = sums.get();
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const Acc* own = total + chunk * size;
+      for (int64_t e = 0; e < size; ++e) total[e] += own[e];
+    }
     const int64_t rank_stride = layout == FactorLayout::kRankMajor ? M : 1;
     const int64_t column_stride = layout == FactorLayout::kRankMajor ? 1 : r;
     for (int64_t q = 0; q < r; ++q) {
-      for (int64_t c = 0; c < M; ++c) {
-        Acc sum = sums[q * M + c];
-        for (int64_t chunk = 1; chunk < chunks; ++chunk) sum += sums[chunk * size + q * M + c];
-        out[q * rank_stride + c * column_stride] = static_cast<T>(static_cast<Acc>(scaling) * sum);
-      }
+      for (int64_t c = 0; c < M; ++c)
+        out[q * rank_stride + c * column_stride] = static_cast<T>(static_cast<Acc>(scaling) * total[q * M + c]);
     }
   }
 };
