@@ -2,8 +2,9 @@
 // T: the dtype of the matrices; Acc: that of sums, float (double for double). Factors come packed, [r, C] in Acc.
 //
 // Each kernel works on tiles of up to 4 rows by 4 ranks: a value that is loaded serves a whole side of the tile, so
-// that the multiplications are the limit and not the loads. A result is summed in an order that its row's place in its
-// block and the sizes give.
+// that the multiplications are the limit and not the loads. The rows of the next tile are prefetched, as those of one
+// tile are too short for the hardware to run ahead. A result is summed in an order that its row's place in its block
+// and the sizes give.
 #pragma once
 
 #include <algorithm>
@@ -42,6 +43,7 @@ UNILORA_INLINE void dot_tile(const T* x, const Acc* P, int64_t K, int64_t r, Acc
   for (; c + kLanes <= K; c += kLanes) {
     for (int q = 0; q < Q; ++q) load_lanes<Acc>(P + q * K + c, p[q]);
     for (int i = 0; i < R; ++i) {
+      __builtin_prefetch(x + (R + i) * K + c);
       load_lanes<Acc>(x + i * K + c, value);
       for (int q = 0; q < Q; ++q) sum[i][q] += value * p[q];
     }
@@ -73,7 +75,10 @@ UNILORA_INLINE void update_tile(T* y, int64_t M, int64_t width, const Acc* h, in
   int64_t c = 0;
   for (; c + kLanes <= width; c += kLanes) {
     Lanes<Acc> sum[R], p;
-    for (int i = 0; i < R; ++i) load_lanes<Acc>(y + i * M + c, sum[i]);
+    for (int i = 0; i < R; ++i) {
+      __builtin_prefetch(y + (R + i) * M + c, 1);
+      load_lanes<Acc>(y + i * M + c, sum[i]);
+    }
     for (int64_t q = 0; q < r; ++q) {
       load_lanes<Acc>(P + q * M + c, p);
       for (int i = 0; i < R; ++i) sum[i] += h[i * r + q] * p;
@@ -110,7 +115,10 @@ UNILORA_INLINE void outer_tile(const T* g, int64_t M, const Acc* h, int64_t r, A
   int64_t c = 0;
   for (; c + kLanes <= M; c += kLanes) {
     Lanes<Acc> value[R], sum;
-    for (int i = 0; i < R; ++i) load_lanes<Acc>(g + i * M + c, value[i]);
+    for (int i = 0; i < R; ++i) {
+      __builtin_prefetch(g + (R + i) * M + c);
+      load_lanes<Acc>(g + i * M + c, value[i]);
+    }
     for (int q = 0; q < Q; ++q) {
       load_lanes<Acc>(sums + q * M + c, sum);
       for (int i = 0; i < R; ++i) sum += h[i * r + q] * value[i];
