@@ -42,8 +42,13 @@ def _demo() -> list[str]:
         f"| the same LoRA would store | | {sizes['lora_bytes']:,} |",
         f"| the model | | {sizes['model_bytes']:,} |",
         "",
-        f"(A head of {sizes['head_bytes']:,} bytes comes with each.)",
+        f"(A head of {sizes['head_bytes']:,} bytes comes with each.) " + _seeds(document["seeds"]),
     ]
+
+
+def _seeds(seeds: list[Row]) -> str:
+    several = [f"{s['accuracy']:.4f} ({s['frozen']:.4f} frozen) with seed {s['seed']}" for s in seeds[1:]]
+    return f"Other splits, orders and projections: {', '.join(several)}." if several else ""
 
 
 def _pick(rows: list[Row], **wanted: object) -> Row:
