@@ -71,6 +71,16 @@ def test_the_update_itself_is_right(device):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_so(device, dtype):
+    """NaN and infinity survive the in-place update and its rounding, in their own rows alone."""
+    x, weight, b, A, B = inputs((9,), 33, 50, 3, dtype, device)
+    x[2], x[5, 7] = float("nan"), float("inf")
+    y = ul.lora_linear(x, weight, b, A, B)
+    assert y[2].isnan().all() and not y[5].isfinite().any()
+    assert torch.cat([y[:2], y[3:5], y[6:]]).isfinite().all()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(device, bias):
     x, weight, b, A, B = inputs((2, 3), 5, 4, 2, torch.float64, device, bias)

@@ -8,14 +8,19 @@
 
 namespace unilora {
 
-template <typename Kernels>
-void fill_uniform_index(const Tensor& index, int64_t d, int64_t seed, int64_t start) {
-  constexpr auto op = "fill_uniform_index";
+// An index to be written, its number of columns and its seed.
+inline void check_fill(const char* op, const Tensor& index, int64_t d, int64_t seed) {
   check_dtype(op, "index", index, ScalarType::Int);
   check_shape(op, "index", index, {-1});
   if (!index.is_contiguous()) fail(op, "index: expected a contiguous tensor");
   check_range(op, "d", d, 1, kMaxElements);
   check_range(op, "seed", seed, 0, INT64_MAX);
+}
+
+template <typename Kernels>
+void fill_uniform_index(const Tensor& index, int64_t d, int64_t seed, int64_t start) {
+  constexpr auto op = "fill_uniform_index";
+  check_fill(op, index, d, seed);
   check_range(op, "start", start, 0, INT64_MAX - index.numel());
   Kernels(index).fill_uniform_index(data<int32_t>(index), index.numel(), static_cast<uint32_t>(d),
                                     static_cast<uint64_t>(seed), static_cast<uint64_t>(start));
@@ -24,14 +29,10 @@ void fill_uniform_index(const Tensor& index, int64_t d, int64_t seed, int64_t st
 template <typename Kernels>
 void fill_balanced_index(const Tensor& index, int64_t D, int64_t d, int64_t seed, int64_t start) {
   constexpr auto op = "fill_balanced_index";
-  check_dtype(op, "index", index, ScalarType::Int);
-  check_shape(op, "index", index, {-1});
-  if (!index.is_contiguous()) fail(op, "index: expected a contiguous tensor");
+  check_fill(op, index, d, seed);
   check_range(op, "D", D, 1, kMaxElements);
-  check_range(op, "d", d, 1, kMaxElements);
-  check_range(op, "seed", seed, 0, INT64_MAX);
+  check_range(op, "start", start, 0, D);  // before the sum, which could overflow
   check_range(op, "start + len(index)", start + index.numel(), 0, D);
-  check_range(op, "start", start, 0, D);
   const BalancedMap map(static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
   Kernels(index).fill_balanced_index(data<int32_t>(index), index.numel(), map, static_cast<uint32_t>(start));
 }
