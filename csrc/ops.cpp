@@ -9,8 +9,9 @@ STABLE_TORCH_LIBRARY(unilora, m) {
   // theta_D[i] = theta_d[index[i]] * scale[index[i]], in `dtype`.
   m.def("project(Tensor theta_d, Tensor scale, Tensor index, ScalarType dtype) -> Tensor");
   // grad_theta_d[j] = scale[j] * sum of grad_theta_D over column j; sums and result in the dtype of scale. By one pass
-  // over theta_D (CPU), or by one over each column's members, listed in ascending order (CUDA).
-  m.def("project_scatter(Tensor grad_theta_D, Tensor scale, Tensor index) -> Tensor");
+  // over theta_D (CPU), whose gradient may come in pieces that lie end to end, as the layers make them; or by one over
+  // each column's members, listed in ascending order (CUDA).
+  m.def("project_scatter(Tensor[] grad_theta_D, Tensor scale, Tensor index) -> Tensor");
   m.def("project_segment_sum(Tensor grad_theta_D, Tensor scale, Tensor order, Tensor offsets) -> Tensor");
 
   // The same with the index computed on the way (CPU). `algorithm`: "uniform" or "balanced", of D rows; `ranges`:
@@ -19,7 +20,7 @@ STABLE_TORCH_LIBRARY(unilora, m) {
       "project_seeded(Tensor theta_d, Tensor scale, str algorithm, int D, int seed, int[] ranges, ScalarType dtype) "
       "-> Tensor");
   m.def(
-      "project_seeded_scatter(Tensor grad_theta_D, Tensor scale, str algorithm, int D, int seed, int[] ranges) "
+      "project_seeded_scatter(Tensor[] grad_theta_D, Tensor scale, str algorithm, int D, int seed, int[] ranges) "
       "-> Tensor");
 
   // y = x W^T + b + scaling h B^T, h = x A^T (kept for the backward).

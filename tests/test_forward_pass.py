@@ -16,13 +16,13 @@ CONFIG = ul.UniLoRAConfig(r=2, d=40, target_modules=["up", "down"], seed=5, init
 @pytest.fixture
 def projections(monkeypatch):
     """The sizes of all projections made, in order."""
-    sizes, project = [], ops.project
+    sizes, project = [], ops.project_factors
 
-    def counted(theta_d, rows, dtype=None):
+    def counted(theta_d, rows, shapes, dtype):
         sizes.append(len(rows))
-        return project(theta_d, rows, dtype)
+        return project(theta_d, rows, shapes, dtype)
 
-    monkeypatch.setattr(ops, "project", counted)
+    monkeypatch.setattr(ops, "project_factors", counted)
     return sizes
 
 

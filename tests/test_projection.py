@@ -118,6 +118,42 @@ def test_rows_of_several_ranges(device, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("materialize", [True, False])
+def test_factors_are_the_projection_cut_up(device, kind, materialize, threads):
+    """Values and gradients of the factors, to the bit, from gradients of any strides and one that is missing."""
+    if device.type == "cuda" and not materialize:
+        pytest.skip("computed rows are on the CPU")
+    shapes = [(1, 1), (301, 7), (7, 400), (2048, 3), (3, 999), (64, 64)]
+    D = sum(m * n for m, n in shapes)
+    P = kind(D, 97, seed=12, materialize=materialize)
+    for count in (1, 2, 3):
+        threads(count)
+        theta_d = torch.randn(97, device=device, requires_grad=True)
+        factors = functions.project_factors(theta_d, P.rows(device), shapes, torch.float32)
+        assert [tuple(f.shape) for f in factors] == shapes
+        assert torch.equal(torch.cat([f.flatten() for f in factors]), P(theta_d))
+        grads = [torch.randn(n, m, device=device).T for m, n in shapes]
+        (g_d,) = torch.autograd.grad(factors[:-1], theta_d, grads[:-1])
+        g_D = torch.cat([*(g.flatten() for g in grads[:-1]), torch.zeros(64 * 64, device=device)])
+        assert torch.equal(g_d, P.transpose(g_D))
+
+
+def test_memory_of_a_large_result_is_used_again_only_when_it_is_free():
+    P = ul.UniformProjection(3_000_001, 1009, seed=1)  # 12 MB: recycled
+    theta_d = torch.randn(1009)
+    kept = P(theta_d)
+    before = kept.clone()
+    others = [P(theta_d + k) for k in range(3)]
+    assert torch.equal(kept, before) and len({t.data_ptr() for t in (kept, *others)}) == 4
+    view, address = kept[7:9], kept.data_ptr()
+    del kept
+    assert P(-theta_d).data_ptr() != address and torch.equal(view, before[7:9])
+    del view
+    again = P(theta_d)
+    assert again.data_ptr() == address and torch.equal(again, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("D", "d"), SIZES)
 @pytest.mark.parametrize("dtype", EPS)
 def test_computed_rows_equal_stored_ones_to_the_bit(kind, D, d, dtype, threads):
@@ -177,6 +213,19 @@ def test_members_of_stored_rows(device):
             assert torch.equal(order[offsets[j] : offsets[j + 1]], torch.nonzero(index == j).flatten())
 
 
+def cut(g_D):
+    """Pieces of uneven lengths, an empty one and a matrix among them."""
+    return g_D[:5], g_D[5:5], g_D[5:17].view(3, 4), g_D[17:]
+
+
+def in_pieces(operator):
+    def of_one(g_D, *rest):
+        return operator(list(cut(g_D)), *rest)
+
+    of_one.of = operator
+    return of_one
+
+
 def arguments(device, dtype=torch.float64, requires_grad=True):
     """Arguments of every projection operator of a device."""
     D, d = 61, 9
@@ -188,16 +237,20 @@ def arguments(device, dtype=torch.float64, requires_grad=True):
     if device.type == "cuda":
         yield ops.project_segment_sum, g_D, (scale, *rows.members())
         return
-    yield ops.project_scatter, g_D, (scale, rows.index)
+    yield in_pieces(ops.project_scatter), g_D, (scale, rows.index)
     for algorithm in ("uniform", "balanced"):
         yield ops.project_seeded, theta_d, (scale, algorithm, 100, 5, [3, 40, 50, 74], dtype)
-        yield ops.project_seeded_scatter, g_D, (scale, algorithm, 100, 5, [3, 40, 50, 74])
+        yield in_pieces(ops.project_seeded_scatter), g_D, (scale, algorithm, 100, 5, [3, 40, 50, 74])
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(device, requires_grad):
     for operator, value, rest in arguments(device, torch.float32, requires_grad):
-        torch.library.opcheck(operator, (value, *rest))
+        if isinstance(operator, torch._ops.OpOverloadPacket):
+            torch.library.opcheck(operator, (value, *rest))
+        else:
+            pieces = [piece.detach().requires_grad_(requires_grad) for piece in cut(value)]
+            torch.library.opcheck(operator.of, (pieces, *rest))
     index = torch.zeros(97, dtype=torch.int32, device=device)
     torch.library.opcheck(ops.fill_uniform_index, (index, 11, 1, 3))
     torch.library.opcheck(ops.fill_balanced_index, (index, 200, 11, 1, 3))
@@ -234,8 +287,13 @@ def test_wrong_arguments_are_named(device):
         cases += [
             (lambda: ops.project(theta_d, scale, index + 1, torch.float32), r"index: expected values in \[0, 5\)"),
             (lambda: ops.project(theta_d, scale, index - 1, torch.float32), r"index: expected values in \[0, 5\)"),
-            (lambda: ops.project_scatter(theta_d, scale, index + 1), r"index: expected values in \[0, 5\)"),
-            (lambda: ops.project_scatter(theta_d, scale, index[1:]), r"index: expected shape \[5\], got \[4\]"),
+            (lambda: ops.project_scatter([theta_d], scale, index + 1), r"index: expected values in \[0, 5\)"),
+            (lambda: ops.project_scatter([theta_d], scale, index[1:]), r"index: expected shape \[5\], got \[4\]"),
+            (lambda: ops.project_scatter([], scale, index), "number of tensors in grad_theta_D: expected a value in"),
+            (
+                lambda: ops.project_scatter([theta_d[:2], theta_d[2:].double()], scale, index),
+                "grad_theta_D: expected dtype Float, got Double",
+            ),
             (
                 lambda: ops.project_seeded(theta_d, scale, "peft", 9, 0, [0, 9], torch.float32),
                 "algorithm: expected 'uniform' or 'balanced', got 'peft'",
@@ -245,8 +303,8 @@ def test_wrong_arguments_are_named(device):
                 r"stop of a range: expected a value in \[0, 9\], got 10",
             ),
             (
-                lambda: ops.project_seeded_scatter(theta_d, scale, "uniform", 9, 0, [0, 9]),
-                r"grad_theta_D: expected shape \[9\], got \[5\]",
+                lambda: ops.project_seeded_scatter([theta_d], scale, "uniform", 9, 0, [0, 9]),
+                r"len\(grad_theta_D\): expected a value in \[9, 9\], got 5",
             ),
         ]
     for call, message in cases:

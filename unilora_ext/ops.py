@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,8 @@ def _(theta_d, scale, index, dtype):
 
 @torch.library.register_fake("unilora::project_scatter")
 def _(grad_theta_D, scale, index):
-    _expect("project_scatter", "index", index.shape == grad_theta_D.shape, list(grad_theta_D.shape), list(index.shape))
+    rows = sum(piece.numel() for piece in grad_theta_D)
+    _expect("project_scatter", "index", tuple(index.shape) == (rows,), f"shape [{rows}]", list(index.shape))
     return scale.new_empty(scale.shape)
 
 
@@ -119,11 +121,32 @@ class TransposeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g_D, rows, dtype):
         ctx.rows, ctx.dtype = rows, g_D.dtype
-        return rows.scatter(g_D, dtype)
+        return rows.scatter([g_D], dtype)
 
     @staticmethod
     def backward(ctx, grad_g_d):
         return ProjectFunction.apply(grad_g_d, ctx.rows, ctx.dtype), None, None
+
+
+class ProjectFactorsFunction(torch.autograd.Function):
+    """theta_D = P theta_d, handed out as the layers' factors. The gradient is summed from theirs as they lie in memory:
+    differentiating views of one theta_D would copy them all into a vector of D numbers first."""
+
+    @staticmethod
+    def forward(ctx, theta_d, rows, dtype, shapes):
+        ctx.rows, ctx.dtype = rows, theta_d.dtype
+        theta_D = rows.gather(theta_d, dtype)
+        parts = theta_D.split_with_sizes([m * n for m, n in shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return ctx.rows.scatter(grads, ctx.dtype), None, None, None
+
+
+def _widened(theta_d: Tensor) -> Tensor:
+    return theta_d.float() if theta_d.dtype in _HALF_TYPES else theta_d
 
 
 def project(theta_d: Tensor, rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
@@ -138,10 +161,24 @@ def project(theta_d: Tensor, rows: Rows, dtype: torch.dtype | None = None) -> Te
         theta_D: [len(rows)], in `dtype`. Its gradient is summed in float32 (float64 for float64 `theta_d`), in a
         fixed order.
     """
-    dtype = theta_d.dtype if dtype is None else dtype
-    if theta_d.dtype in _HALF_TYPES:
-        theta_d = theta_d.float()
-    return ProjectFunction.apply(theta_d, rows, dtype)
+    return ProjectFunction.apply(_widened(theta_d), rows, theta_d.dtype if dtype is None else dtype)
+
+
+def project_factors(
+    theta_d: Tensor, rows: Rows, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """:func:`project`, cut into matrices.
+
+    Args:
+        theta_d: [d], on the device of `rows`, as for :func:`project`.
+        rows: rows of a projection; their number is that of the matrices' elements.
+        shapes: of the matrices, which lie end to end in theta_D, each row by row.
+        dtype: floating dtype of the result.
+
+    Returns:
+        One matrix for each shape, differentiable in theta_d, once.
+    """
+    return ProjectFactorsFunction.apply(_widened(theta_d), rows, dtype, shapes)
 
 
 def project_transpose(g_D: Tensor, rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
@@ -241,18 +278,23 @@ def _project_backward(ctx, grad_theta_D):
     if index.is_cuda:  # PyTorch's accumulating index_put is deterministic there
         sums = torch.zeros_like(scale).index_put((index.long(),), grad_theta_D.to(scale.dtype), accumulate=True)
         return sums * scale, None, None, None
-    return torch.ops.unilora.project_scatter(grad_theta_D, scale, index), None, None, None
+    return torch.ops.unilora.project_scatter([grad_theta_D], scale, index), None, None, None
 
 
 def _save_scatter(ctx, inputs, output):
-    g_D, scale, index = inputs
+    pieces, scale, index = inputs
     ctx.save_for_backward(scale, index)
-    ctx.dtype = g_D.dtype
+    ctx.shapes, ctx.dtype = [piece.shape for piece in pieces], pieces[0].dtype
+
+
+def _in_pieces(ctx, theta_D):
+    parts = theta_D.split_with_sizes([shape.numel() for shape in ctx.shapes])
+    return [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
 
 
 def _scatter_backward(ctx, grad_g_d):
     scale, index = ctx.saved_tensors
-    return torch.ops.unilora.project(grad_g_d, scale, index, ctx.dtype), None, None
+    return _in_pieces(ctx, torch.ops.unilora.project(grad_g_d, scale, index, ctx.dtype)), None, None
 
 
 def _save_segment_sum(ctx, inputs, output):
@@ -275,18 +317,18 @@ def _save_seeded(ctx, inputs, output):
 
 def _seeded_backward(ctx, grad_theta_D):
     (scale,) = ctx.saved_tensors
-    return torch.ops.unilora.project_seeded_scatter(grad_theta_D, scale, *ctx.source), *[None] * 6
+    return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 6
 
 
 def _save_seeded_scatter(ctx, inputs, output):
-    g_D, scale, *source = inputs
+    pieces, scale, *source = inputs
     ctx.save_for_backward(scale)
-    ctx.source, ctx.dtype = source, g_D.dtype
+    ctx.source, ctx.shapes, ctx.dtype = source, [piece.shape for piece in pieces], pieces[0].dtype
 
 
 def _seeded_scatter_backward(ctx, grad_g_d):
     (scale,) = ctx.saved_tensors
-    return torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype), *[None] * 5
+    return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 5
 
 
 def _save_lora_linear(ctx, inputs, output):

@@ -28,15 +28,12 @@ class Slot:
     r: int
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        return self.m * self.r, self.r * self.n
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.m, self.r), (self.r, self.n)
 
     @property
     def stop(self) -> int:
-        return self.start + sum(self.sizes)
-
-    def factors(self, flat_B: Tensor, flat_A: Tensor) -> Factors:
-        return flat_A.view(self.r, self.n), flat_B.view(self.m, self.r)
+        return self.start + (self.m + self.n) * self.r
 
 
 @dataclass(frozen=True)
@@ -101,11 +98,9 @@ class SharedVector(nn.Module):
         return self._project(self._alone(slot_id, device), device, dtype)[slot_id]
 
     def _project(self, group: _DeviceGroup, device: torch.device, dtype: torch.dtype) -> dict[int, Factors]:
-        theta_D = ops.project(self.theta_d.to(device), group.rows, dtype)
-        slots = [self.slots[i] for i in group.slot_ids]
-        # One split: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
-        parts = iter(theta_D.split_with_sizes([size for slot in slots for size in slot.sizes]))
-        return {i: slot.factors(next(parts), next(parts)) for i, slot in zip(group.slot_ids, slots, strict=True)}
+        shapes = [shape for i in group.slot_ids for shape in self.slots[i].shapes]
+        factors = ops.project_factors(self.theta_d.to(device), group.rows, shapes, dtype)
+        return {i: (A, B) for i, B, A in zip(group.slot_ids, factors[::2], factors[1::2], strict=True)}
 
     def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:
         slot = self.slots[slot_id]

@@ -65,7 +65,7 @@ template <typename Source>
 Tensor gather(const char* op, const Tensor& theta_d, const Tensor& scale, const Source& source, int64_t n,
               ScalarType dtype) {
   const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
-  const Tensor out = torch::stable::new_empty(theta, {n}, dtype);
+  const Tensor out = new_result(theta, n, dtype);
   const int64_t d = theta.numel();
   std::atomic<bool> good{true};
   dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
@@ -77,7 +77,6 @@ Tensor gather(const char* op, const Tensor& theta_d, const Tensor& scale, const 
       for (int64_t j = begin; j < end; ++j) table[j] = static_cast<T>(value[j] * weight[j]);
     });
     T* result = data<T>(out);
-    advise_huge_pages(result, n * static_cast<int64_t>(sizeof(T)));
     parallel(n, 2, [&](int64_t begin, int64_t end) {
       if (!for_blocks(source, begin, end, d, [&](int64_t first, int64_t size, const int32_t* columns) {
             gather_block(table.get(), columns, result + first, size);
@@ -89,29 +88,59 @@ Tensor gather(const char* op, const Tensor& theta_d, const Tensor& scale, const 
   return out;
 }
 
+// Tensors of any shape and one dtype that lie end to end: rows [0, rows()).
+class Pieces {
+ public:
+  explicit Pieces(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) {
+      held_.push_back(torch::stable::contiguous(tensor));
+      rows_ += tensor.numel();
+      ends_.push_back(rows_);
+    }
+  }
+
+  int64_t rows() const { return rows_; }
+
+  // body(begin, end, values) for each stretch of rows [first, last) in one tensor, until one returns false.
+  template <typename T, typename Body>
+  bool each(int64_t first, int64_t last, const Body& body) const {
+    for (size_t k = std::upper_bound(ends_.begin(), ends_.end(), first) - ends_.begin(); first < last; ++k) {
+      const int64_t end = std::min(last, ends_[k]), start = ends_[k] - held_[k].numel();
+      if (first < end && !body(first, end, const_data<T>(held_[k]) + (first - start))) return false;
+      first = end;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<Tensor> held_;
+  std::vector<int64_t> ends_;
+  int64_t rows_ = 0;
+};
+
 // out[j] = scale[j] * sum of grad over the rows of column j.
 template <typename Source>
-Tensor scatter(const char* op, const Tensor& grad_theta_D, const Tensor& scale, const Source& source) {
-  const Tensor grad = torch::stable::contiguous(grad_theta_D), factor = torch::stable::contiguous(scale);
-  const int64_t n = grad.numel(), d = factor.numel(), parts = scatter_parts(n, d);
+Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tensor& scale, const Source& source) {
+  const Tensor factor = torch::stable::contiguous(scale);
+  const int64_t n = grad.rows(), d = factor.numel(), parts = scatter_parts(n, d);
   const Tensor out = torch::stable::new_empty(factor, {d});
   const Tensor tables = torch::stable::new_empty(factor, {parts, d});
   std::atomic<bool> good{true};
-  dispatch_floating_pair(grad.scalar_type(), factor.scalar_type(), [&](auto tag, auto acc) {
+  dispatch_floating_pair(dtype, factor.scalar_type(), [&](auto tag, auto acc) {
     using T = typename decltype(tag)::type;
     using Acc = typename decltype(acc)::type;
-    const T* g = const_data<T>(grad);
     Acc* table = data<Acc>(tables);
     advise_huge_pages(table, parts * d * static_cast<int64_t>(sizeof(Acc)));
     parallel(parts, 2 * n / parts + d, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         Acc* own = table + part * d;
         std::fill(own, own + d, Acc(0));
-        if (!for_blocks(source, n * part / parts, n * (part + 1) / parts, d,
-                        [&](int64_t first, int64_t size, const int32_t* columns) {
-                          scatter_block(g + first, columns, own, size);
-                        }))
-          good = false;
+        const auto add = [&](int64_t stretch, int64_t stretch_end, const T* values) {
+          return for_blocks(source, stretch, stretch_end, d, [&](int64_t first, int64_t size, const int32_t* columns) {
+            scatter_block(values + (first - stretch), columns, own, size);
+          });
+        };
+        if (!grad.each<T>(n * part / parts, n * (part + 1) / parts, add)) good = false;
       }
     });
     const Acc* weight = const_data<Acc>(factor);
@@ -152,13 +181,25 @@ Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, 
   return gather(op, theta_d, scale, StoredColumns{const_data<int32_t>(columns)}, columns.numel(), dtype);
 }
 
-Tensor project_scatter(const Tensor& grad_theta_D, const Tensor& scale, const Tensor& index) {
+// The pieces of grad_theta_D, all of the first one's dtype.
+Pieces checked_pieces(const char* op, const std::vector<Tensor>& grad_theta_D, const Tensor& scale) {
+  check_range(op, "number of tensors in grad_theta_D", static_cast<int64_t>(grad_theta_D.size()), 1, INT64_MAX);
+  for (const Tensor& piece : grad_theta_D) {
+    check_grad(op, piece, scale);
+    check_dtype(op, "grad_theta_D", piece, grad_theta_D[0].scalar_type());
+  }
+  Pieces pieces(grad_theta_D);
+  check_range(op, "len(grad_theta_D)", pieces.rows(), 0, kMaxElements);
+  return pieces;
+}
+
+Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, const Tensor& index) {
   constexpr auto op = "project_scatter";
-  check_grad(op, grad_theta_D, scale);
-  check_index(op, "index", index, "grad_theta_D", grad_theta_D);
-  check_shape(op, "index", index, {grad_theta_D.numel()});
+  const Pieces grad = checked_pieces(op, grad_theta_D, scale);
+  check_index(op, "index", index, "grad_theta_D", grad_theta_D[0]);
+  check_shape(op, "index", index, {grad.rows()});
   const Tensor columns = torch::stable::contiguous(index);
-  return scatter(op, grad_theta_D, scale, StoredColumns{const_data<int32_t>(columns)});
+  return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, StoredColumns{const_data<int32_t>(columns)});
 }
 
 // Checks the description of computed rows, then calls body with their source.
@@ -189,13 +230,13 @@ Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string al
   });
 }
 
-Tensor project_seeded_scatter(const Tensor& grad_theta_D, const Tensor& scale, std::string algorithm, int64_t D,
+Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, std::string algorithm, int64_t D,
                               int64_t seed, std::vector<int64_t> ranges) {
   constexpr auto op = "project_seeded_scatter";
-  check_grad(op, grad_theta_D, scale);
+  const Pieces grad = checked_pieces(op, grad_theta_D, scale);
   return with_seeded_columns(op, algorithm, D, scale.numel(), seed, ranges, [&](const auto& source) {
-    check_shape(op, "grad_theta_D", grad_theta_D, {source.rows()});
-    return scatter(op, grad_theta_D, scale, source);
+    check_range(op, "len(grad_theta_D)", grad.rows(), source.rows(), source.rows());
+    return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, source);
   });
 }
 

@@ -59,6 +59,7 @@ Tensor project_segment_sum(const Tensor& grad_theta_D, const Tensor& scale, cons
                            const Tensor& offsets) {
   constexpr auto op = "project_segment_sum";
   check_grad(op, grad_theta_D, scale);
+  check_shape(op, "grad_theta_D", grad_theta_D, {-1});
   check_index(op, "order", order, "grad_theta_D", grad_theta_D);
   check_shape(op, "order", order, {grad_theta_D.numel()});
   check_index(op, "offsets", offsets, "grad_theta_D", grad_theta_D);

@@ -41,8 +41,8 @@ class Rows(ABC):
         """theta_D of these rows, in `dtype`, from theta_d [d], float32 or float64."""
 
     @abstractmethod
-    def scatter(self, g_D: Tensor, dtype: torch.dtype) -> Tensor:
-        """g_d [d] in `dtype`, float32 or float64, from g_D of these rows."""
+    def scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """g_d [d] in `dtype`, float32 or float64, from g_D of these rows, in pieces that lie end to end."""
 
     @property
     @abstractmethod
@@ -78,9 +78,10 @@ class StoredRows(Rows):
     def gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
         return ops.project(theta_d, self.scale(theta_d.dtype), self.index, dtype)
 
-    def scatter(self, g_D: Tensor, dtype: torch.dtype) -> Tensor:
+    def scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         if self.index.is_cuda:
-            return ops.project_segment_sum(g_D, self.scale(dtype), *self.members())
+            whole = g_D[0] if len(g_D) == 1 else torch.cat([piece.flatten() for piece in g_D])
+            return ops.project_segment_sum(whole, self.scale(dtype), *self.members())
         return ops.project_scatter(g_D, self.scale(dtype), self.index)
 
     @property
@@ -108,7 +109,7 @@ class SeededRows(Rows):
     def gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
         return ops.project_seeded(theta_d, self.scale(theta_d.dtype), *self._source, dtype)
 
-    def scatter(self, g_D: Tensor, dtype: torch.dtype) -> Tensor:
+    def scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return ops.project_seeded_scatter(g_D, self.scale(dtype), *self._source)
 
     @property
