@@ -1,7 +1,7 @@
 """One adapted linear layer, forward and backward, over the frozen layer: what an adapter costs a layer.
 
 Every rival is a module with a frozen weight; the input needs a gradient, as inside a model. The projection is not
-part of it (it runs once a step for all layers): unilora_ext's factors are made once outside, as in a model's forward.
+part of it (it runs once a step for all layers): unilora_ext's layer is given its factors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import torch
 from common import Options, Row, measure, rows_of, threads
 from rivals import adapted
 from torch import nn
-
-import unilora_ext as ul
 
 # n = m, tokens, r
 CASES = [(1024, tokens, 4) for tokens in (16, 64, 256, 1024)] + [(1024, 256, 64), (384, 1024, 4), (384, 1024, 16)]
@@ -55,12 +53,11 @@ def run(options: Options) -> list[Row]:
 
 
 def _step(layer: nn.Module, kind: str, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], Any]:
-    if kind != "unilora_ext":
-        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        return lambda: torch.autograd.grad(layer(x), wanted, grad)
-    A, B = (f.detach().requires_grad_() for f in layer.linear.lora_factors())
-    weight, bias = layer.linear.weight, layer.linear.bias
-    return lambda: torch.autograd.grad(ul.lora_linear(x, weight, bias, A, B), (x, A, B), grad)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    if kind == "unilora_ext":
+        factors = tuple(f.detach().requires_grad_() for f in layer.linear.lora_factors())
+        wanted, layer.unilora.factors = [x, *factors], lambda *of: factors
+    return lambda: torch.autograd.grad(layer(x), wanted, grad)
 
 
 def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:

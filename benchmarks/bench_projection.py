@@ -1,7 +1,8 @@
 """theta_D = P theta_d, forward and backward, on the sizes of three models.
 
 Rivals: PEFT's UniLora rebuilding all factors of the model with its own layers; the plain PyTorch expression with
-index_select, whose backward is index_add, eager and compiled; a copy of theta_D, the limit of memory.
+index_select, whose backward is index_add, eager and compiled. Limits: a copy of theta_D; on one thread of
+the CPU, the random accesses to the table alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from common import Options, Row, measure, rows_of, threads
+from limits import READS, UPDATES, calls
 from rivals import peft_factors
 from shapes import MODELS, Model
 from torch import Tensor
@@ -43,6 +45,11 @@ def _case(model: Model, count: int | None, options: Options) -> list[Row]:
     forward["unilora_ext uniform, bfloat16"] = lambda: P(theta_d, torch.bfloat16)
     half = g_D.bfloat16()
     backward["unilora_ext uniform, bfloat16"] = lambda: P.transpose(half)
+
+    if count == 1:
+        limits = calls(P.index, d)
+        forward.update({name: call for name, call in limits.items() if name == READS})
+        backward.update({name: call for name, call in limits.items() if name == UPDATES})
 
     index, scale = P.index.long().to(device), P.scale.to(device)
     for name, expression in (

@@ -1,8 +1,8 @@
 """What every benchmark shares: rivals measured in turn, honest statistics, rows with the machine they came from.
 
 A benchmark is a module ``bench_<stem>.py`` with ``run(options) -> list of rows``. Rivals of one case are called in
-turn, one call each, round after round, so that a change of the machine's speed hits all alike. A time is the median of
-the rounds, with the 20th and 80th percentile; what is quoted are ratios of times from the same rounds.
+turn, one call each, round after round in a random order, so that a change of the machine's speed hits all alike. A time
+is the median of the rounds, with the 20th and 80th percentile; what is quoted are ratios of times from the same rounds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -47,7 +48,8 @@ class Options:
 def measure(
     rivals: Mapping[str, Callable[[], Any]], options: Options, *, least: int = 7, most: int = 200
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, rivals in turn.
+    """Milliseconds of each call, rivals in turn, in a new order each round: what one leaves in the caches for the next
+    is spread over all.
 
     Args:
         rivals: by name. Each is called twice to warm up.
@@ -58,12 +60,13 @@ def measure(
         call()
         call()
     times: dict[str, list[float]] = {name: [] for name in rivals}
+    order = random.Random(0)
     deadline = time.perf_counter() + options.seconds
     while len(next(iter(times.values()))) < least or (
         time.perf_counter() < deadline and len(next(iter(times.values()))) < most
     ):
-        for name, call in rivals.items():
-            times[name].append(_milliseconds(call, options.device))
+        for name in order.sample(list(rivals), len(rivals)):
+            times[name].append(_milliseconds(rivals[name], options.device))
     return times
 
 

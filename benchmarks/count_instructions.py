@@ -13,10 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from common import RESULTS, Options, machine
+from limits import build
 
-HERE = Path(__file__).resolve().parent
 FUNCTIONS = {
     "plain_gather": "forward, plain loop: int64 index, scale at each element",
     "stored_gather": "forward, stored index",
@@ -31,9 +30,7 @@ def main() -> int:
     counts = {}
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "instructions"
-        includes = ["-I", HERE.parent / "csrc", "-I", Path(torch.__file__).parent / "include"]
-        source = HERE / "instructions.cpp"
-        subprocess.run(["g++", "-std=c++17", "-O3", "-fopenmp-simd", *includes, source, "-o", program], check=True)
+        build("instructions.cpp", program)
         for name in FUNCTIONS:
             out = Path(folder) / name
             command = [

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from common import RESULTS, Row
+from limits import READS, UPDATES
 from pictures import load
 
 README = RESULTS.parents[1] / "README.md"
@@ -75,9 +76,12 @@ def _cpu() -> list[str]:
                 case = {"model": model, "pass": name, "threads": count}
                 ours = _pick(projection, **case, rival="unilora_ext uniform")
                 peft = _pick(projection, **case, rival="PEFT UniLora")
+                limit = READS if name == "forward" else UPDATES
+                reads = [row for row in projection if row["rival"] == limit and case.items() <= row.items()]
+                beside = f", {ours['median_ms'] / reads[0]['median_ms']:.2f} x its {limit}" if reads else ""
                 lines.append(
                     f"| projection, {name}, {model} (D = {ours['D']:,}) | {count} | {ours['median_ms']:.3g} ms "
-                    f"| {ours['ratio']:.2f} x a copy of theta_D | {peft['median_ms']:.3g} ms "
+                    f"| {ours['ratio']:.2f} x a copy of theta_D{beside} | {peft['median_ms']:.3g} ms "
                     f"| {peft['median_ms'] / ours['median_ms']:.1f} |"
                 )
     layer = load("lora_linear", "cpu")

@@ -1,0 +1,34 @@
+// What no arrangement of the projection's passes avoids: the random accesses to the table of d numbers. The kernels
+// themselves, with theta_D and its gradient shrunk to one block that stays in the L1 cache. A library for ctypes.
+#include "projection/projection_kernels.h"
+
+using namespace unilora;
+
+// A read for each row.
+extern "C" uint32_t read_table(const float* table,    // [d]
+                               const int32_t* index,  // [n]
+                               int64_t n) {
+  float block[kBlock];
+  uint32_t seen = 0;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t size = std::min(kBlock, n - first);
+    seen |= largest(index + first, size);  // as the operator does; it also fetches the block of the index
+    gather_block(table, index + first, block, size);
+    asm volatile("" : : "r"(block) : "memory");
+  }
+  return seen;
+}
+
+// An addition for each row.
+extern "C" uint32_t update_table(float* table,          // [d]
+                                 const int32_t* index,  // [n]
+                                 int64_t n) {
+  float block[kBlock] = {};
+  uint32_t seen = 0;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t size = std::min(kBlock, n - first);
+    seen |= largest(index + first, size);
+    scatter_block(block, index + first, table, size);
+  }
+  return seen;
+}
