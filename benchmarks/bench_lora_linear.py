@@ -1,7 +1,8 @@
 """One adapted linear layer, forward and backward, over the frozen layer: what an adapter costs a layer.
 
 Every rival is a module with a frozen weight; the input needs a gradient, as inside a model. The projection is not
-part of it (it runs once a step for all layers): unilora_ext's layer is given its factors.
+part of it (it runs once a step for all layers): unilora_ext's layer is given its factors. The layer is called, not the
+model around it, whose hooks too run once a step.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
-def _step(layer: nn.Module, kind: str, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], Any]:
-    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+def _step(model: nn.Module, kind: str, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], Any]:
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    layer = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "linear")
     if kind == "unilora_ext":
-        factors = tuple(f.detach().requires_grad_() for f in layer.linear.lora_factors())
-        wanted, layer.unilora.factors = [x, *factors], lambda *of: factors
+        factors = tuple(f.detach().requires_grad_() for f in layer.lora_factors())
+        wanted, model.unilora.factors = [x, *factors], lambda *of: factors
     return lambda: torch.autograd.grad(layer(x), wanted, grad)
 
 

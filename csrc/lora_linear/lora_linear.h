@@ -88,13 +88,15 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
   }
   const Tensor rows = rows_of(x, s.N, s.n);
   const Tensor a = dense(A), b = dense(B);
-  const Tensor y = call_linear(rows, weight, bias);
   const Tensor h = torch::stable::new_empty(rows, {s.N, s.r}, accumulator_dtype(x.scalar_type()));
+  Tensor y;
   Kernels kernels(rows);
   dispatch_floating(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulator<T>;
+    // Around the dense product: it finds x in the cache, and the update finds y there.
     kernels.dot(const_data<T>(rows), s.N, s.n, const_data<T>(a), FactorLayout::kRankMajor, s.r, data<Acc>(h));
+    y = call_linear(rows, weight, bias);
     kernels.rank_update(data<T>(y), s.N, s.m, const_data<Acc>(h), s.r, const_data<T>(b), FactorLayout::kRankMinor,
                         scaling);
   });
@@ -120,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
   const Tensor dy = rows_of(grad_y, s.N, s.m);
   const Tensor a = dense(A), b = dense(B);
   // An operator's outputs must not alias: each missing gradient is an empty tensor of its own.
-  Tensor grad_x = need_grad_x ? torch::stable::matmul(dy, weight) : torch::stable::new_empty(dy, {0});
+  Tensor grad_x;
   const Tensor grad_A =
       torch::stable::new_empty(a, need_grad_A ? std::vector<int64_t>{s.r, s.n} : std::vector<int64_t>{0});
   const Tensor grad_B =
@@ -141,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
     } else if (need_grad_B) {
       kernels.outer(g, s.N, s.m, const_data<Acc>(hidden), s.r, scaling, data<T>(grad_B), FactorLayout::kRankMinor);
     }
+    grad_x = need_grad_x ? torch::stable::matmul(dy, weight) : torch::stable::new_empty(dy, {0});
     if (need_grad_x)
       kernels.rank_update(data<T>(grad_x), s.N, s.n, const_data<Acc>(u), s.r, const_data<T>(a),
                           FactorLayout::kRankMajor, scaling);
