@@ -6,8 +6,10 @@ STABLE_TORCH_LIBRARY(unilora, m) {
   m.def("fill_uniform_index(Tensor(a!) index, int d, int seed, int start) -> ()");
   m.def("fill_balanced_index(Tensor(a!) index, int D, int d, int seed, int start) -> ()");
 
-  // theta_D[i] = theta_d[index[i]] * scale[index[i]], in `dtype`.
-  m.def("project(Tensor theta_d, Tensor scale, Tensor index, ScalarType dtype) -> Tensor");
+  // theta_D[i] = theta_d[index[i]] * scale[index[i]], in `dtype`. order and offsets are for the derivative on CUDA.
+  m.def(
+      "project(Tensor theta_d, Tensor scale, Tensor index, ScalarType dtype, Tensor? order=None, "
+      "Tensor? offsets=None) -> Tensor");
   // grad_theta_d[j] = scale[j] * sum of grad_theta_D over column j; sums and result in the dtype of scale. By one pass
   // over theta_D (CPU), whose gradient may come in pieces that lie end to end, as the layers make them; or by one over
   // each column's members, listed in ascending order (CUDA).
@@ -27,8 +29,11 @@ STABLE_TORCH_LIBRARY(unilora, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling) "
       "-> (Tensor y, Tensor h)");
-  // A gradient that is not asked for comes back as an empty tensor of shape [0].
+  // y += scaling h B^T, in place: the update of a layer whose own product is computed elsewhere. Returns h.
+  m.def("lora_update(Tensor(a!) y, Tensor x, Tensor A, Tensor B, float scaling) -> Tensor");
+  // Of lora_linear; without a weight, of the update alone. A gradient that is not asked for comes back as an empty
+  // tensor of shape [0].
   m.def(
-      "lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor weight, Tensor A, Tensor B, float scaling, "
+      "lora_linear_backward(Tensor grad_y, Tensor x, Tensor h, Tensor? weight, Tensor A, Tensor B, float scaling, "
       "bool need_grad_x, bool need_grad_A, bool need_grad_B) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 }

@@ -1,6 +1,7 @@
-"""The operators of namespace ``unilora`` as differentiable functions, with fake kernels for tracing.
+"""The operators of namespace ``unilora`` as differentiable functions.
 
-``reference.py`` holds an oracle of every operator under the same name.
+``reference.py`` holds an oracle of every operator under the same name. While ``torch.compile`` or ``torch.export``
+traces, each function becomes the operator itself, whose shapes and derivatives ``_operators.py`` registers.
 """
 
 from __future__ import annotations
@@ -9,93 +10,30 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
-import unilora_ext._native  # noqa: F401  registers the operators
+from unilora_ext import trace
+from unilora_ext._operators import accumulator_dtype, lora_gradients
 
 if TYPE_CHECKING:
+    from unilora_ext.projections import Projection
     from unilora_ext.projections.rows import Rows
 
-__all__ = ["lora_linear", "project", "project_transpose"]
+__all__ = [
+    "accumulator_dtype",
+    "autocast_dtype",
+    "lora_linear",
+    "lora_update",
+    "project",
+    "project_factors",
+    "project_traced",
+    "project_transpose",
+]
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of sums over tensors of `dtype`: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# ---- fake kernels: shapes and dtypes only ---------------------------------------------------------------------------
-
-
-def _expect(op: str, argument: str, good: bool, expected: str, got: object) -> None:
-    if not good:
-        raise RuntimeError(f"unilora::{op}: {argument}: expected {expected}, got {got}")
-
-
-@torch.library.register_fake("unilora::fill_uniform_index")
-def _(index, d, seed, start):
-    return None
-
-
-@torch.library.register_fake("unilora::fill_balanced_index")
-def _(index, D, d, seed, start):
-    return None
-
-
-@torch.library.register_fake("unilora::project")
-def _(theta_d, scale, index, dtype):
-    _expect("project", "scale", scale.shape == theta_d.shape, f"shape {list(theta_d.shape)}", list(scale.shape))
-    return theta_d.new_empty(index.shape, dtype=dtype)
-
-
-@torch.library.register_fake("unilora::project_scatter")
-def _(grad_theta_D, scale, index):
-    rows = sum(piece.numel() for piece in grad_theta_D)
-    _expect("project_scatter", "index", tuple(index.shape) == (rows,), f"shape [{rows}]", list(index.shape))
-    return scale.new_empty(scale.shape)
-
-
-@torch.library.register_fake("unilora::project_segment_sum")
-def _(grad_theta_D, scale, order, offsets):
-    _expect(
-        "project_segment_sum", "order", order.shape == grad_theta_D.shape, list(grad_theta_D.shape), list(order.shape)
-    )
-    return scale.new_empty(scale.shape)
-
-
-@torch.library.register_fake("unilora::project_seeded")
-def _(theta_d, scale, algorithm, D, seed, ranges, dtype):
-    return theta_d.new_empty((sum(ranges[1::2]) - sum(ranges[::2]),), dtype=dtype)
-
-
-@torch.library.register_fake("unilora::project_seeded_scatter")
-def _(grad_theta_D, scale, algorithm, D, seed, ranges):
-    return scale.new_empty(scale.shape)
-
-
-@torch.library.register_fake("unilora::lora_linear")
-def _(x, weight, bias, A, B, scaling):
-    op, (m, n), r = "lora_linear", weight.shape, A.shape[0]
-    _expect(op, "x", x.shape[-1] == n, f"shape [..., {n}]", list(x.shape))
-    _expect(op, "A", A.shape[1] == n, f"shape [*, {n}]", list(A.shape))
-    _expect(op, "B", tuple(B.shape) == (m, r), f"shape [{m}, {r}]", list(B.shape))
-    for name, t in (("weight", weight), ("A", A), ("B", B)):
-        _expect(op, name, t.dtype == x.dtype, f"dtype {x.dtype}", t.dtype)
-    leading = x.shape[:-1]
-    return x.new_empty((*leading, m)), x.new_empty((*leading, r), dtype=accumulator_dtype(x.dtype))
-
-
-@torch.library.register_fake("unilora::lora_linear_backward")
-def _(grad_y, x, h, weight, A, B, scaling, need_grad_x, need_grad_A, need_grad_B):
-    return (
-        x.new_empty(x.shape if need_grad_x else (0,)),
-        A.new_empty(A.shape if need_grad_A else (0,)),
-        B.new_empty(B.shape if need_grad_B else (0,)),
-    )
-
 
 # ---- project --------------------------------------------------------------------------------------------------------
 
@@ -181,6 +119,32 @@ def project_factors(
     return ProjectFactorsFunction.apply(_widened(theta_d), rows, dtype, shapes)
 
 
+@torch.compiler.assume_constant_result
+def _constant_operands(projection: Projection, device: torch.device, ranges, dtype: torch.dtype):
+    """What the operator reads of some rows, made for real while a graph is traced, and constants of that graph."""
+    with _disable_current_modes():
+        return projection.rows(device, ranges).operands(dtype)
+
+
+def project_traced(
+    theta_d: Tensor,
+    projection: Projection,
+    ranges: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """:func:`project_factors` for a graph that is being traced; rows as (start, stop) `ranges` of `projection`."""
+    theta_d = _widened(theta_d)
+    operator, *operands = _constant_operands(projection, theta_d.device, ranges, theta_d.dtype)
+    if operator == "project":
+        scale, index, *members = operands
+        theta_D = torch.ops.unilora.project(theta_d, scale, index, dtype, *members)
+    else:
+        theta_D = torch.ops.unilora.project_seeded(theta_d, *operands, dtype)
+    parts = theta_D.split_with_sizes([m * n for m, n in shapes])
+    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
 def project_transpose(g_D: Tensor, rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
     """``g_d[j] = scale[j] * sum_{i: index[i] = j} g_D[i]``, differentiable: the adjoint of :func:`project`.
 
@@ -202,7 +166,8 @@ class LoraLinearFunction(torch.autograd.Function):
     # costs a small layer as much as its low-rank part.
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling):
-        y, h = torch.ops.unilora.lora_linear(x, weight, bias, A, B, scaling)
+        with trace.span("unilora::lora_linear"):
+            y, h = torch.ops.unilora.lora_linear(x, weight, bias, A, B, scaling)
         ctx.save_for_backward(x, h, weight, A, B)
         ctx.scaling = scaling
         return y
@@ -210,23 +175,30 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, h, weight, A, B = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
-        grad_x = grad_A = grad_B = grad_weight = grad_bias = None
-        if need_x or need_A or need_B:
-            grads = torch.ops.unilora.lora_linear_backward(
-                grad_y, x, h, weight, A, B, ctx.scaling, need_x, need_A, need_B
-            )
-            grad_x, grad_A, grad_B = (
-                g if need else None for g, need in zip(grads, (need_x, need_A, need_B), strict=True)
-            )
-        # W and b are frozen in Uni-LoRA; a caller that trains them all the same gets their plain gradients.
-        rows = grad_y.flatten(0, -2) if need_weight or need_bias else None
-        if need_weight:
-            grad_weight = rows.T @ x.flatten(0, -2)
-        if need_bias:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
+        with trace.span("unilora::lora_linear_backward"):
+            return lora_gradients(ctx, grad_y)
+
+
+class LoraUpdateFunction(torch.autograd.Function):
+    """y + s (x A^T) B^T, in y's memory. Saves x, h = x A^T, A and B."""
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, scaling):
+        with trace.span("unilora::lora_update"):
+            h = torch.ops.unilora.lora_update(y, x, A, B, scaling)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, h, A, B)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, h, A, B = ctx.saved_tensors
+        _, *needs, _ = ctx.needs_input_grad
+        with trace.span("unilora::lora_update_backward"):
+            grads = torch.ops.unilora.lora_linear_backward(grad_y, x, h, None, A, B, ctx.scaling, *needs)
+        return grad_y, *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
 def _autocasting(device: torch.device) -> bool:
@@ -262,92 +234,27 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         dtype = autocast_dtype(x.device, x.dtype)
         x, weight, A, B = (t.to(dtype) for t in (x, weight, A, B))
         bias = None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():
+        return torch.ops.unilora.lora_linear(x, weight, bias, A, B, float(scaling))[0]
     return LoraLinearFunction.apply(x, weight, bias, A, B, float(scaling))
 
 
-# ---- the same derivatives for who calls torch.ops.unilora directly --------------------------------------------------
+def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
+    """``y + scaling (x A^T) B^T``, differentiable in y, x, A and B: for a layer that makes y in its own way.
 
+    Args:
+        y: [..., m]. Its memory is used for the result where autograd allows that.
+        x: [..., n], with the leading shape of y; cast to its dtype.
+        A: [r, n], in the dtype of y.
+        B: [m, r], in the dtype of y.
+        scaling: s = alpha / r.
 
-def _save_project(ctx, inputs, output):
-    _, scale, index, _ = inputs
-    ctx.save_for_backward(scale, index)
-
-
-def _project_backward(ctx, grad_theta_D):
-    scale, index = ctx.saved_tensors
-    if index.is_cuda:  # PyTorch's accumulating index_put is deterministic there
-        sums = torch.zeros_like(scale).index_put((index.long(),), grad_theta_D.to(scale.dtype), accumulate=True)
-        return sums * scale, None, None, None
-    return torch.ops.unilora.project_scatter([grad_theta_D], scale, index), None, None, None
-
-
-def _save_scatter(ctx, inputs, output):
-    pieces, scale, index = inputs
-    ctx.save_for_backward(scale, index)
-    ctx.shapes, ctx.dtype = [piece.shape for piece in pieces], pieces[0].dtype
-
-
-def _in_pieces(ctx, theta_D):
-    parts = theta_D.split_with_sizes([shape.numel() for shape in ctx.shapes])
-    return [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
-
-
-def _scatter_backward(ctx, grad_g_d):
-    scale, index = ctx.saved_tensors
-    return _in_pieces(ctx, torch.ops.unilora.project(grad_g_d, scale, index, ctx.dtype)), None, None
-
-
-def _save_segment_sum(ctx, inputs, output):
-    g_D, scale, order, offsets = inputs
-    ctx.save_for_backward(scale, order, offsets)
-    ctx.dtype = g_D.dtype
-
-
-def _segment_sum_backward(ctx, grad_g_d):
-    scale, order, offsets = ctx.saved_tensors
-    members = torch.repeat_interleave(grad_g_d * scale, offsets.diff(), output_size=order.numel())
-    return torch.empty_like(members).index_copy(0, order.long(), members).to(ctx.dtype), None, None, None
-
-
-def _save_seeded(ctx, inputs, output):
-    _, scale, *source, _ = inputs
-    ctx.save_for_backward(scale)
-    ctx.source = source
-
-
-def _seeded_backward(ctx, grad_theta_D):
-    (scale,) = ctx.saved_tensors
-    return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 6
-
-
-def _save_seeded_scatter(ctx, inputs, output):
-    pieces, scale, *source = inputs
-    ctx.save_for_backward(scale)
-    ctx.source, ctx.shapes, ctx.dtype = source, [piece.shape for piece in pieces], pieces[0].dtype
-
-
-def _seeded_scatter_backward(ctx, grad_g_d):
-    (scale,) = ctx.saved_tensors
-    return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 5
-
-
-def _save_lora_linear(ctx, inputs, output):
-    x, weight, _, A, B, ctx.scaling = inputs
-    _, h = output
-    ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, h, weight, A, B)
-
-
-def _lora_linear_backward(ctx, grad_y, _):
-    return LoraLinearFunction.backward(ctx, grad_y)
-
-
-for _name, _backward, _save in (
-    ("project", _project_backward, _save_project),
-    ("project_scatter", _scatter_backward, _save_scatter),
-    ("project_segment_sum", _segment_sum_backward, _save_segment_sum),
-    ("project_seeded", _seeded_backward, _save_seeded),
-    ("project_seeded_scatter", _seeded_scatter_backward, _save_seeded_scatter),
-    ("lora_linear", _lora_linear_backward, _save_lora_linear),
-):
-    torch.library.register_autograd(f"unilora::{_name}", _backward, setup_context=_save)
+    Returns:
+        [..., m], in the dtype of y.
+    """
+    x = x.to(y.dtype)
+    if torch.compiler.is_compiling():
+        return y + scaling * F.linear(F.linear(x, A), B)
+    if not y.is_contiguous() or y._is_view() or (y.is_leaf and y.requires_grad):
+        y = y.clone(memory_format=torch.contiguous_format)
+    return LoraUpdateFunction.apply(y, x, A, B, float(scaling))

@@ -75,16 +75,19 @@ class SharedVector(nn.Module):
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
-        if self._groups is None:
+        self._traced = torch.compiler.is_compiling()
+        if self._groups is None and not self._traced:
             self._groups = self._group_by_device(model)
         self._step = {}
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model, called when its forward raises too."""
-        self._step = None
+        self._step, self._traced = None, False
 
     def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors of one layer, differentiable in theta_d."""
+        if torch.compiler.is_compiling():
+            return self._traced_factors(slot_id, device, dtype)
         step, groups = self._step, self._groups
         if step is not None and groups is not None:
             group = groups.get(device)
@@ -101,6 +104,25 @@ class SharedVector(nn.Module):
         shapes = [shape for i in group.slot_ids for shape in self.slots[i].shapes]
         factors = ops.project_factors(self.theta_d.to(device), group.rows, shapes, dtype)
         return {i: (A, B) for i, B, A in zip(group.slot_ids, factors[::2], factors[1::2], strict=True)}
+
+    def _traced_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
+        """:meth:`factors` in a graph that torch.compile or torch.export traces. Where the graph is that of the whole
+        model, the first layer projects for all."""
+        whole = self._traced and device == self.theta_d.device
+        step = self._step if whole else {}
+        key = (device, dtype, torch.is_grad_enabled())
+        if key not in step:
+            slots = self.slots if whole else self.slots[slot_id : slot_id + 1]
+            factors = ops.project_traced(
+                self.theta_d.to(device),
+                self.projection,
+                ((slots[0].start, slots[-1].stop),),
+                [shape for slot in slots for shape in slot.shapes],
+                dtype,
+            )
+            first = 0 if whole else slot_id
+            step[key] = {first + k: (factors[2 * k + 1], factors[2 * k]) for k in range(len(slots))}
+        return step[key][slot_id]
 
     def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:
         slot = self.slots[slot_id]
@@ -126,6 +148,7 @@ class SharedVector(nn.Module):
     def _forget(self) -> None:
         self._step: dict[tuple[torch.device, torch.dtype, bool], dict[int, Factors]] | None = None
         self._groups: dict[torch.device, _DeviceGroup] | None = None
+        self._traced = False  # whether the model's forward is being traced, as a whole
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -133,7 +156,7 @@ class SharedVector(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None, "_groups": None}
+        return {**self.__dict__, "_step": None, "_groups": None, "_traced": False}
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"

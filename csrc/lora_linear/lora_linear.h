@@ -2,6 +2,7 @@
 //
 //   forward    h  = x A^T                       x [N, n], A [r, n]          -> h [N, r]
 //              y  = x W^T + b + s h B^T         W [m, n], b [m], B [m, r]   -> y [N, m]
+//   update     y += s h B^T                     y given: the product of a layer that computes it in its own way
 //   backward   u  = dy B                        dy [N, m]                   -> u [N, r]
 //              dx = dy W + s u A,   dA = s u^T x,   dB = s dy^T h           (W and b are frozen)
 //
@@ -38,23 +39,25 @@ struct LoraLinearSizes {
   std::vector<int64_t> leading;  // x.shape[:-1]
 };
 
-inline LoraLinearSizes check_lora_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& A,
-                                         const Tensor& B) {
+inline LoraLinearSizes check_lora_linear(const char* op, const Tensor& x, const std::optional<Tensor>& weight,
+                                         const Tensor& A, const Tensor& B) {
   check_floating(op, "x", x.scalar_type());
-  check_shape(op, "weight", weight, {-1, -1});
-  check_shape(op, "A", A, {-1, weight.size(1)});
-  check_shape(op, "B", B, {weight.size(0), A.size(0)});
-  if (A.size(0) < 1) fail(op, "A: expected rank r >= 1, got shape ", shape_of(A));
-  if (x.dim() < 1 || x.size(x.dim() - 1) != weight.size(1))
-    fail(op, "x: expected shape [..., ", weight.size(1), "], got ", shape_of(x));
-  check_dtype(op, "weight", weight, x.scalar_type());
+  if (weight.has_value()) check_shape(op, "weight", *weight, {-1, -1});
+  check_shape(op, "A", A, {-1, weight.has_value() ? weight->size(1) : -1});
+  check_shape(op, "B", B, {weight.has_value() ? weight->size(0) : -1, A.size(0)});
+  const int64_t n = A.size(1), m = B.size(0), r = A.size(0);
+  if (r < 1) fail(op, "A: expected rank r >= 1, got shape ", shape_of(A));
+  if (x.dim() < 1 || x.size(x.dim() - 1) != n) fail(op, "x: expected shape [..., ", n, "], got ", shape_of(x));
+  if (weight.has_value()) {
+    check_dtype(op, "weight", *weight, x.scalar_type());
+    check_same_device(op, "weight", *weight, "x", x);
+  }
   check_dtype(op, "A", A, x.scalar_type());
   check_dtype(op, "B", B, x.scalar_type());
-  check_same_device(op, "weight", weight, "x", x);
   check_same_device(op, "A", A, "x", x);
   check_same_device(op, "B", B, "x", x);
 
-  LoraLinearSizes sizes{1, weight.size(1), weight.size(0), A.size(0), {}};
+  LoraLinearSizes sizes{1, n, m, r, {}};
   for (int64_t i = 0; i + 1 < x.dim(); ++i) {
     sizes.N *= x.size(i);
     sizes.leading.push_back(x.size(i));
@@ -64,6 +67,15 @@ inline LoraLinearSizes check_lora_linear(const char* op, const Tensor& x, const 
 
 // A call through the dispatcher costs microseconds, which count in a layer of few tokens: none for what is there.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A gradient or an output beside x: its leading shape and m columns, its dtype and device.
+inline void check_beside_x(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                           const LoraLinearSizes& s) {
+  check_dtype(op, name, t, x.scalar_type());
+  check_same_device(op, name, t, "x", x);
+  if (t.dim() != x.dim() || t.size(t.dim() - 1) != s.m || t.numel() != s.N * s.m)
+    fail(op, name, ": expected the leading shape of x and ", s.m, " columns, got ", shape_of(t));
+}
 
 inline Tensor with_leading(const Tensor& t, std::vector<int64_t> leading, int64_t last) {
   if (leading.size() == 1) return t;
@@ -104,19 +116,36 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
 }
 
 template <typename Kernels>
+Tensor lora_update(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scaling) {
+  constexpr auto op = "lora_update";
+  const LoraLinearSizes s = check_lora_linear(op, x, std::nullopt, A, B);
+  check_beside_x(op, "y", y, x, s);
+  if (!y.is_contiguous()) fail(op, "y: expected a contiguous tensor");
+  const Tensor rows = rows_of(x, s.N, s.n);
+  const Tensor a = dense(A), b = dense(B);
+  const Tensor h = torch::stable::new_empty(rows, {s.N, s.r}, accumulator_dtype(x.scalar_type()));
+  Kernels kernels(rows);
+  dispatch_floating(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulator<T>;
+    kernels.dot(const_data<T>(rows), s.N, s.n, const_data<T>(a), FactorLayout::kRankMajor, s.r, data<Acc>(h));
+    kernels.rank_update(data<T>(y), s.N, s.m, const_data<Acc>(h), s.r, const_data<T>(b), FactorLayout::kRankMinor,
+                        scaling);
+  });
+  return with_leading(h, s.leading, s.r);
+}
+
+template <typename Kernels>
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, const Tensor& x, const Tensor& h,
-                                                        const Tensor& weight, const Tensor& A, const Tensor& B,
-                                                        double scaling, bool need_grad_x, bool need_grad_A,
-                                                        bool need_grad_B) {
+                                                        const std::optional<Tensor>& weight, const Tensor& A,
+                                                        const Tensor& B, double scaling, bool need_grad_x,
+                                                        bool need_grad_A, bool need_grad_B) {
   constexpr auto op = "lora_linear_backward";
   const LoraLinearSizes s = check_lora_linear(op, x, weight, A, B);
   const ScalarType acc_dtype = accumulator_dtype(x.scalar_type());
-  check_dtype(op, "grad_y", grad_y, x.scalar_type());
+  check_beside_x(op, "grad_y", grad_y, x, s);
   check_dtype(op, "h", h, acc_dtype);
-  check_same_device(op, "grad_y", grad_y, "x", x);
   check_same_device(op, "h", h, "x", x);
-  if (grad_y.dim() != x.dim() || grad_y.size(grad_y.dim() - 1) != s.m || grad_y.numel() != s.N * s.m)
-    fail(op, "grad_y: expected the leading shape of x and ", s.m, " columns, got ", shape_of(grad_y));
   if (h.numel() != s.N * s.r) fail(op, "h: expected ", s.N * s.r, " elements, got shape ", shape_of(h));
 
   const Tensor dy = rows_of(grad_y, s.N, s.m);
@@ -143,7 +172,13 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
     } else if (need_grad_B) {
       kernels.outer(g, s.N, s.m, const_data<Acc>(hidden), s.r, scaling, data<T>(grad_B), FactorLayout::kRankMinor);
     }
-    grad_x = need_grad_x ? torch::stable::matmul(dy, weight) : torch::stable::new_empty(dy, {0});
+    if (!need_grad_x) {
+      grad_x = torch::stable::new_empty(dy, {0});
+    } else if (weight.has_value()) {
+      grad_x = torch::stable::matmul(dy, *weight);
+    } else {
+      grad_x = torch::stable::new_zeros(dy, {s.N, s.n});
+    }
     if (need_grad_x)
       kernels.rank_update(data<T>(grad_x), s.N, s.n, const_data<Acc>(u), s.r, const_data<T>(a),
                           FactorLayout::kRankMajor, scaling);
@@ -161,4 +196,5 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
 
 #define UNILORA_IMPL_LORA_LINEAR(m, Kernels)                        \
   m.impl("lora_linear", TORCH_BOX(&unilora::lora_linear<Kernels>)); \
+  m.impl("lora_update", TORCH_BOX(&unilora::lora_update<Kernels>)); \
   m.impl("lora_linear_backward", TORCH_BOX(&unilora::lora_linear_backward<Kernels>))

@@ -36,7 +36,8 @@ struct CudaProjection {
   }
 };
 
-Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, ScalarType dtype) {
+Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, ScalarType dtype,
+               const std::optional<Tensor>& /*order*/, const std::optional<Tensor>& /*offsets*/) {
   constexpr auto op = "project";
   check_theta_d(op, theta_d, scale, dtype);
   check_index(op, "index", index, "theta_d", theta_d);

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from unilora_ext import trace
 
 if TYPE_CHECKING:
     from unilora_ext.projections.base import Projection, SeededProjection
@@ -36,13 +38,26 @@ class Rows(ABC):
     def __len__(self) -> int:
         """Number of rows."""
 
-    @abstractmethod
     def gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
         """theta_D of these rows, in `dtype`, from theta_d [d], float32 or float64."""
+        with trace.span("unilora::project"):
+            return self._gather(theta_d, dtype)
 
-    @abstractmethod
     def scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """g_d [d] in `dtype`, float32 or float64, from g_D of these rows, in pieces that lie end to end."""
+        with trace.span("unilora::project_backward"):
+            return self._scatter(g_D, dtype)
+
+    @abstractmethod
+    def _gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+    @abstractmethod
+    def _scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor: ...
+
+    @abstractmethod
+    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The operator that gathers these rows from theta_d in `dtype`, and what it takes between theta_d and the dtype
+        of the result (for ``project``, the members beyond it too)."""
 
     @property
     @abstractmethod
@@ -75,14 +90,17 @@ class StoredRows(Rows):
             self._members = order.int(), torch.searchsorted(columns, bounds).int()
         return self._members
 
-    def gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
+    def _gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
         return ops.project(theta_d, self.scale(theta_d.dtype), self.index, dtype)
 
-    def scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def _scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         if self.index.is_cuda:
             whole = g_D[0] if len(g_D) == 1 else torch.cat([piece.flatten() for piece in g_D])
             return ops.project_segment_sum(whole, self.scale(dtype), *self.members())
         return ops.project_scatter(g_D, self.scale(dtype), self.index)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return "project", self.scale(dtype), self.index, *(self.members() if self.index.is_cuda else ())
 
     @property
     def nbytes(self) -> int:
@@ -106,11 +124,14 @@ class SeededRows(Rows):
     def __len__(self) -> int:
         return self._len
 
-    def gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
+    def _gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
         return ops.project_seeded(theta_d, self.scale(theta_d.dtype), *self._source, dtype)
 
-    def scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def _scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return ops.project_seeded_scatter(g_D, self.scale(dtype), *self._source)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return "project_seeded", self.scale(dtype), *self._source
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,200 @@
+"""What PyTorch must know of the operators of namespace ``unilora`` beside their kernels: shapes for tracing, and
+derivatives for who calls ``torch.ops.unilora`` directly, a compiled graph among them. Importing registers it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import unilora_ext._native  # noqa: F401  registers the operators
+
+__all__ = ["accumulator_dtype", "lora_gradients"]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of sums over tensors of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- fake kernels: shapes and dtypes only ---------------------------------------------------------------------------
+
+
+def _expect(op: str, argument: str, good: bool, expected: str, got: object) -> None:
+    if not good:
+        raise RuntimeError(f"unilora::{op}: {argument}: expected {expected}, got {got}")
+
+
+@torch.library.register_fake("unilora::fill_uniform_index")
+def _(index, d, seed, start):
+    return None
+
+
+@torch.library.register_fake("unilora::fill_balanced_index")
+def _(index, D, d, seed, start):
+    return None
+
+
+@torch.library.register_fake("unilora::project")
+def _(theta_d, scale, index, dtype, order=None, offsets=None):
+    _expect("project", "scale", scale.shape == theta_d.shape, f"shape {list(theta_d.shape)}", list(scale.shape))
+    return theta_d.new_empty(index.shape, dtype=dtype)
+
+
+@torch.library.register_fake("unilora::project_scatter")
+def _(grad_theta_D, scale, index):
+    rows = sum(piece.numel() for piece in grad_theta_D)
+    _expect("project_scatter", "index", tuple(index.shape) == (rows,), f"shape [{rows}]", list(index.shape))
+    return scale.new_empty(scale.shape)
+
+
+@torch.library.register_fake("unilora::project_segment_sum")
+def _(grad_theta_D, scale, order, offsets):
+    _expect(
+        "project_segment_sum", "order", order.shape == grad_theta_D.shape, list(grad_theta_D.shape), list(order.shape)
+    )
+    return scale.new_empty(scale.shape)
+
+
+@torch.library.register_fake("unilora::project_seeded")
+def _(theta_d, scale, algorithm, D, seed, ranges, dtype):
+    return theta_d.new_empty((sum(ranges[1::2]) - sum(ranges[::2]),), dtype=dtype)
+
+
+@torch.library.register_fake("unilora::project_seeded_scatter")
+def _(grad_theta_D, scale, algorithm, D, seed, ranges):
+    return scale.new_empty(scale.shape)
+
+
+@torch.library.register_fake("unilora::lora_linear")
+def _(x, weight, bias, A, B, scaling):
+    op, (m, n), r = "lora_linear", weight.shape, A.shape[0]
+    _expect(op, "x", x.shape[-1] == n, f"shape [..., {n}]", list(x.shape))
+    _expect(op, "A", A.shape[1] == n, f"shape [*, {n}]", list(A.shape))
+    _expect(op, "B", tuple(B.shape) == (m, r), f"shape [{m}, {r}]", list(B.shape))
+    for name, t in (("weight", weight), ("A", A), ("B", B)):
+        _expect(op, name, t.dtype == x.dtype, f"dtype {x.dtype}", t.dtype)
+    leading = x.shape[:-1]
+    return x.new_empty((*leading, m)), x.new_empty((*leading, r), dtype=accumulator_dtype(x.dtype))
+
+
+@torch.library.register_fake("unilora::lora_update")
+def _(y, x, A, B, scaling):
+    return x.new_empty((*x.shape[:-1], A.shape[0]), dtype=accumulator_dtype(x.dtype))
+
+
+@torch.library.register_fake("unilora::lora_linear_backward")
+def _(grad_y, x, h, weight, A, B, scaling, need_grad_x, need_grad_A, need_grad_B):
+    return (
+        x.new_empty(x.shape if need_grad_x else (0,)),
+        A.new_empty(A.shape if need_grad_A else (0,)),
+        B.new_empty(B.shape if need_grad_B else (0,)),
+    )
+
+
+# ---- derivatives ---------------------------------------------------------------------------------------------------
+
+
+def _save_project(ctx, inputs, output):
+    _, scale, index, _, order, offsets = inputs
+    ctx.save_for_backward(scale, index, order, offsets)
+
+
+def _project_backward(ctx, grad_theta_D):
+    scale, index, order, offsets = ctx.saved_tensors
+    if not index.is_cuda:
+        g_d = torch.ops.unilora.project_scatter([grad_theta_D], scale, index)
+    elif order is not None:
+        g_d = torch.ops.unilora.project_segment_sum(grad_theta_D, scale, order, offsets)
+    else:  # PyTorch's accumulating index_put is deterministic there
+        sums = torch.zeros_like(scale).index_put((index.long(),), grad_theta_D.to(scale.dtype), accumulate=True)
+        g_d = sums * scale
+    return g_d, *[None] * 5
+
+
+def _save_scatter(ctx, inputs, output):
+    pieces, scale, index = inputs
+    ctx.save_for_backward(scale, index)
+    ctx.shapes, ctx.dtype = [piece.shape for piece in pieces], pieces[0].dtype
+
+
+def _in_pieces(ctx, theta_D):
+    parts = theta_D.split_with_sizes([shape.numel() for shape in ctx.shapes])
+    return [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
+
+
+def _scatter_backward(ctx, grad_g_d):
+    scale, index = ctx.saved_tensors
+    return _in_pieces(ctx, torch.ops.unilora.project(grad_g_d, scale, index, ctx.dtype)), None, None
+
+
+def _save_segment_sum(ctx, inputs, output):
+    g_D, scale, order, offsets = inputs
+    ctx.save_for_backward(scale, order, offsets)
+    ctx.dtype = g_D.dtype
+
+
+def _segment_sum_backward(ctx, grad_g_d):
+    scale, order, offsets = ctx.saved_tensors
+    members = torch.repeat_interleave(grad_g_d * scale, offsets.diff(), output_size=order.numel())
+    return torch.empty_like(members).index_copy(0, order.long(), members).to(ctx.dtype), None, None, None
+
+
+def _save_seeded(ctx, inputs, output):
+    _, scale, *source, _ = inputs
+    ctx.save_for_backward(scale)
+    ctx.source = source
+
+
+def _seeded_backward(ctx, grad_theta_D):
+    (scale,) = ctx.saved_tensors
+    return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 6
+
+
+def _save_seeded_scatter(ctx, inputs, output):
+    pieces, scale, *source = inputs
+    ctx.save_for_backward(scale)
+    ctx.source, ctx.shapes, ctx.dtype = source, [piece.shape for piece in pieces], pieces[0].dtype
+
+
+def _seeded_scatter_backward(ctx, grad_g_d):
+    (scale,) = ctx.saved_tensors
+    return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 5
+
+
+def _save_lora_linear(ctx, inputs, output):
+    x, weight, _, A, B, ctx.scaling = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(x, h, weight, A, B)
+
+
+def lora_gradients(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, A, B and (None) scaling. `ctx` has saved x, h, weight, A and B, and `scaling`."""
+    x, h, weight, A, B = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
+    grad_x = grad_A = grad_B = grad_weight = grad_bias = None
+    if need_x or need_A or need_B:
+        grads = torch.ops.unilora.lora_linear_backward(grad_y, x, h, weight, A, B, ctx.scaling, need_x, need_A, need_B)
+        grad_x, grad_A, grad_B = (g if need else None for g, need in zip(grads, (need_x, need_A, need_B), strict=True))
+    # W and b are frozen in Uni-LoRA; a caller that trains them all the same gets their plain gradients.
+    rows = grad_y.flatten(0, -2) if need_weight or need_bias else None
+    if need_weight:
+        grad_weight = rows.T @ x.flatten(0, -2)
+    if need_bias:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
+
+
+def _lora_linear_backward(ctx, grad_y, _):
+    return lora_gradients(ctx, grad_y)
+
+
+for _name, _backward, _save in (
+    ("project", _project_backward, _save_project),
+    ("project_scatter", _scatter_backward, _save_scatter),
+    ("project_segment_sum", _segment_sum_backward, _save_segment_sum),
+    ("project_seeded", _seeded_backward, _save_seeded),
+    ("project_seeded_scatter", _seeded_scatter_backward, _save_seeded_scatter),
+    ("lora_linear", _lora_linear_backward, _save_lora_linear),
+):
+    torch.library.register_autograd(f"unilora::{_name}", _backward, setup_context=_save)
