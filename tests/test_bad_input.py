@@ -38,7 +38,7 @@ WRONG_ATTACH = {
     "a module that is not linear": (
         Tower,
         adapted(target_modules=["embed"]),
-        r"'embed' \(Embedding\) cannot be adapted: expected a torch.nn.Linear or a transformers Conv1D",
+        r"'embed' \(Embedding\) cannot be adapted: expected a torch.nn.Linear, a transformers",
     ),
     "a container": (Tower, adapted(target_modules=["blocks"]), r"'blocks' \(ModuleList\) cannot be adapted"),
     "a layer whose parent reads its weight": (

@@ -87,7 +87,7 @@ def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:
         config,
         targets,
         projection,
-        initial_theta_d(config.d, targets[0].module.weight, config.init_bound),
+        initial_theta_d(config.d, targets[0].held(), config.init_bound),
     )
 
 
@@ -113,7 +113,7 @@ def _attach(
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
     for slot_id, target in enumerate(targets):
-        target.module.__class__ = target.adapted_class
+        set_class(target.module, target.adapted_class)
         target.module._unilora = LayerState(vector, slot_id, config.scaling, config.dropout)
         if uses_fused_encoder_path(target.name, modules):
             attachment.handles.append(target.module.register_forward_hook(_be_called))
@@ -121,6 +121,13 @@ def _attach(
     attachment.handles.append(model.register_forward_pre_hook(vector.begin))
     attachment.handles.append(model.register_forward_hook(vector.end, always_call=True))
     return Adapter(model)
+
+
+def set_class(module: nn.Module, adapted_class: type[nn.Module]) -> None:
+    """Changes the class of a module, also where Accelerate's hooks hold on to the forward of the old one."""
+    module.__class__ = adapted_class
+    if "_old_forward" in module.__dict__:
+        module._old_forward = adapted_class.forward.__get__(module)
 
 
 def _be_called(module: nn.Module, args: Any, output: Any) -> None:
@@ -272,7 +279,7 @@ class Adapter:
 
     def _check_weights_unshared(self) -> None:
         owners: dict[int, str] = {}
-        adapted = {id(layer.weight): name for name, layer in self.layers.items()}
+        adapted = {id(layer.weight): name for name, layer in self.layers.items() if hasattr(layer, "weight")}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             key = id(parameter)
             if key in adapted and owners.setdefault(key, name) != name:
@@ -311,7 +318,7 @@ class Adapter:
         vector, attachment = self.vector, self._attachment
         for name, layer in self.layers.items():
             del layer._unilora
-            layer.__class__ = attachment.classes[name]
+            set_class(layer, attachment.classes[name])
         for handle in attachment.handles:
             handle.remove()
         delattr(self.model, CHILD)

@@ -270,8 +270,8 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
         raise AdapterFileError(f"{file.folder}: the model has the adapter's modules in another order")
     _check_same(file, "modules_to_save", _shapes(file.modules_to_save), _shapes(saved))
 
-    weight = targets[0].module.weight
-    device = torch.device("cpu") if weight.is_meta else weight.device
+    held = targets[0].held()
+    device = torch.device("cpu") if held.is_meta else held.device
     adapter = _attach(model, config, targets, projection, file.theta_d.to(device))
     with torch.no_grad():
         for name, tensor in saved.items():

@@ -1,9 +1,15 @@
-"""Linear layers with a Uni-LoRA update: y = x W^T + b + s (x A^T) B^T, A and B rebuilt from a shared vector."""
+"""Linear layers with a Uni-LoRA update: y = x W^T + b + s (x A^T) B^T, A and B rebuilt from a shared vector.
+
+A layer whose weight is a plain floating tensor computes all of it in one operator. Any other linear map (a quantised
+layer, say) computes y = x W^T + b in its own way, and the update is added to that (:func:`updated_class`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +21,7 @@ from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections import Projection, make_projection
 from unilora_ext.shared_vector import SharedVector, Slot
 
-__all__ = ["LayerState", "UniLoRALayer", "UniLoRALinear", "initial_theta_d"]
+__all__ = ["LayerState", "UniLoRALayer", "UniLoRALinear", "UniLoRAUpdate", "initial_theta_d", "updated_class"]
 
 
 @dataclass
@@ -42,15 +48,21 @@ class LayerState:
 
 
 class UniLoRALayer(nn.Module):
-    """The update, as a mixin in front of a linear layer class whose ``weight`` and ``bias`` it leaves as they are."""
+    """The update, as a mixin in front of a linear layer class whose parameters it leaves as they are. This one is for
+    layers with a plain floating ``weight`` and a ``bias``."""
 
     _unilora: LayerState
     weight: Tensor
     bias: Tensor | None
+    fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
 
     def dense_weight(self) -> Tensor:
         """W as [m, n], whatever the layout of ``weight``."""
         return self.weight
+
+    def factors_like(self) -> tuple[torch.device, torch.dtype]:
+        """Where the layer computes, and in which dtype if nothing else says so."""
+        return self.weight.device, self.weight.dtype
 
     @property
     def r(self) -> int:
@@ -68,25 +80,29 @@ class UniLoRALayer(nn.Module):
         return self._unilora.original is not None
 
     def lora_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """A [r, n] and B [m, r], differentiable in theta_d, in `dtype` (default: that of ``weight``)."""
+        """A [r, n] and B [m, r], differentiable in theta_d, in `dtype` (default: that of ``weight``; float32 where
+        that is not a floating one)."""
         state = self._unilora
-        return state.vector.factors(state.slot_id, self.weight.device, dtype or self.weight.dtype)
+        device, own = self.factors_like()
+        return state.vector.factors(state.slot_id, device, dtype or own)
 
     def forward(self, x: Tensor) -> Tensor:
         state = self._unilora
         if state.original is not None or not state.vector.enabled:
             return super().forward(x)
-        A, B = self.lora_factors(ops.autocast_dtype(x.device, self.weight.dtype))
         if self.training and state.dropout > 0:
-            hidden = F.linear(F.dropout(x, state.dropout), A)
-            return super().forward(x) + state.scaling * F.linear(hidden, B)
+            return self._update(super().forward(x), F.dropout(x, state.dropout))
+        A, B = self.lora_factors(ops.autocast_dtype(x.device, self.weight.dtype))
         return ops.lora_linear(x, self.dense_weight(), self.bias, A, B, state.scaling)
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        A, B = self.lora_factors(y.dtype)
+        return ops.lora_update(y, x, A, B, self._unilora.scaling)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s B A [m, n], in float32 (float64 for a float64 weight)."""
-        dtype = ops.accumulator_dtype(self.weight.dtype)
-        A, B = self.lora_factors(dtype)
+        A, B = self.lora_factors(ops.accumulator_dtype(self.factors_like()[1]))
         return (B @ A).mul_(self.scaling)
 
     @torch.no_grad()
@@ -99,7 +115,7 @@ class UniLoRALayer(nn.Module):
         if self.merged:
             raise UniLoRAError("merge: this layer is merged already; call unmerge() first")
         delta = self.delta_weight()
-        if self.dense_weight() is not self.weight:
+        if self.fan_in_fan_out:
             delta = delta.T
         merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
         if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
@@ -121,6 +137,42 @@ class UniLoRALayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
+
+
+class UniLoRAUpdate(UniLoRALayer):
+    """The mixin for any other linear map: y is the layer's own, the update is added in place, in the dtype of y.
+
+    The layer cannot be merged: its weight is not a matrix to add to (a quantised one would have to be rounded anew).
+    """
+
+    def factors_like(self) -> tuple[torch.device, torch.dtype]:
+        theta_d = self._unilora.vector.theta_d
+        held = next(chain(self.parameters(), self.buffers()), theta_d)
+        return held.device, ops.accumulator_dtype(theta_d.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = self._unilora
+        y = super(UniLoRALayer, self).forward(x, *args, **kwargs)
+        if not state.vector.enabled:
+            return y
+        return self._update(y, F.dropout(x, state.dropout, self.training))
+
+    def merge(self) -> None:
+        """Always an error.
+
+        Raises:
+            UniLoRAError: the layer has no plain weight.
+        """
+        raise UniLoRAError(
+            f"merge: expected a plain floating weight, got a {type(self).__bases__[1].__name__}: keep the adapter "
+            "attached, or load it on the model in full precision and merge there"
+        )
+
+
+@cache
+def updated_class(layer_class: type[nn.Module]) -> type[UniLoRAUpdate]:
+    """`layer_class`, a linear map of its own kind, with the update added to what it returns."""
+    return type(f"UniLoRA{layer_class.__name__}", (UniLoRAUpdate, layer_class), {"__doc__": UniLoRAUpdate.__doc__})
 
 
 class UniLoRALinear(UniLoRALayer, nn.Linear):

@@ -135,7 +135,7 @@ class SharedVector(nn.Module):
         for module in model.modules():
             state = module.__dict__.get("_unilora")
             if state is not None and state.vector is self:
-                members.setdefault(module.weight.device, []).append(state.slot_id)
+                members.setdefault(module.factors_like()[0], []).append(state.slot_id)
         groups = {}
         for device, slot_ids in members.items():
             slot_ids.sort()

@@ -7,12 +7,14 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from unilora_ext.errors import AttachError
-from unilora_ext.linear import UniLoRALayer, UniLoRALinear
+from unilora_ext.linear import UniLoRALayer, UniLoRALinear, updated_class
 
 __all__ = ["Target", "find_modules", "find_targets"]
 
@@ -26,6 +28,10 @@ class Target:
     adapted_class: type[UniLoRALayer]
     m: int
     n: int
+
+    def held(self) -> Tensor:
+        """A tensor of the layer, on whose device it computes."""
+        return next(chain(self.module.parameters(), self.module.buffers()), torch.empty(0))
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str] | str, modules_to_save: Sequence[str]) -> list[Target]:
@@ -62,8 +68,8 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str, modules_
                 f"target_modules: '{name}' is also in modules_to_save {list(modules_to_save)}: choose one"
             )
         adapted_class = _adapted_class(name, module, modules)
-        n, m = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else module.weight.shape
-        targets.append(Target(name, module, adapted_class, int(m), int(n)))
+        m, n = module.weight.shape[::-1] if _is_conv1d(module) else _features(module)
+        targets.append(Target(name, module, adapted_class, m, n))
     return targets
 
 
@@ -97,9 +103,8 @@ def _all_linear_names(model: nn.Module, inside_whole: set[int]) -> list[str]:
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
     names = []
     for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
         left_out = id(module) in inside_whole or module is head or (body is not None and id(module) not in body)
-        if linear and name and not left_out and not _is_attention_output(name, model):
+        if _is_linear(module) and name and not left_out and not _is_attention_output(name, model):
             names.append(name)
     return names
 
@@ -107,6 +112,27 @@ def _all_linear_names(model: nn.Module, inside_whole: set[int]) -> list[str]:
 def _is_attention_output(name: str, model: nn.Module) -> bool:
     parent, _, child = name.rpartition(".")
     return child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """(m, n) of a linear map that states them, under the names in use; None if it does not."""
+    for inputs, outputs in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        n, m = getattr(module, inputs, None), getattr(module, outputs, None)
+        if isinstance(n, int) and isinstance(m, int) and n > 0 and m > 0:
+            return m, n
+    return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is one linear map: of known kind, or stating its features with no such module inside."""
+    if isinstance(module, nn.Linear) or _is_conv1d(module):
+        return True
+    return _features(module) is not None and not any(_features(part) for part in list(module.modules())[1:])
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what it seems: not a quantised or sharded one that imitates a floating tensor."""
+    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -127,25 +153,30 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
         raise refuse(
             "torch.nn.MultiheadAttention reads its weight and never calls it, so an update would have no effect"
         )
-    if type(module) is nn.Linear:
+    if not _is_linear(module) or (_features(module) is None and not _is_conv1d(module)):
+        raise refuse(
+            "expected a torch.nn.Linear, a transformers Conv1D, or another linear layer with in_features and "
+            "out_features (a quantised one)"
+        )
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise refuse("its forward was replaced on the instance: attach before that step")
+    if type(module) is nn.Linear and _is_plain(module.weight):
         adapted_class: type[UniLoRALayer] = UniLoRALinear
     elif _is_conv1d(module):
         from unilora_ext.integrations.conv1d import UniLoRAConv1D
 
         adapted_class = UniLoRAConv1D
     else:
-        raise refuse("expected a torch.nn.Linear or a transformers Conv1D")
+        return updated_class(type(module))
     if not module.weight.is_floating_point():
         raise refuse(f"expected a floating weight, got {module.weight.dtype}")
-    if "forward" in module.__dict__:
-        raise refuse("its forward was replaced on the instance (offloading hooks do that): attach before that step")
     return adapted_class
 
 
 def _linear_endings(model: nn.Module) -> str:
     endings: dict[str, int] = {}
     for name, module in model.named_modules():
-        if name and (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        if name and _is_linear(module):
             ending = name.rpartition(".")[2]
             endings[ending] = endings.get(ending, 0) + 1
     if not endings:

@@ -11,6 +11,8 @@ __all__ = ["UniLoRAConv1D"]
 class UniLoRAConv1D(UniLoRALayer, Conv1D):
     """Conv1D with a Uni-LoRA update."""
 
+    fan_in_fan_out = True
+
     def dense_weight(self) -> Tensor:
         return self.weight.T
 

@@ -29,11 +29,11 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
     config, tensors = adapter.config, {}
     with torch.no_grad():
         for name, layer in adapter.layers.items():
-            A, B = layer.lora_factors(accumulator_dtype(layer.weight.dtype))
+            A, B = layer.lora_factors(accumulator_dtype(layer.factors_like()[1]))
             tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = A, B
     for name, tensor in adapter.modules_to_save().items():
         tensors[_PREFIX + name] = tensor
-    stored_transposed = any(layer.dense_weight() is not layer.weight for layer in adapter.layers.values())
+    stored_transposed = any(layer.fan_in_fan_out for layer in adapter.layers.values())
     record = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(getattr(adapter.model, "config", None), "_name_or_path", None),
