@@ -76,7 +76,7 @@ class SharedVector(nn.Module):
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         self._traced = torch.compiler.is_compiling()
-        if self._groups is None and not self._traced:
+        if not self._traced and self._groups is None:
             self._groups = self._group_by_device(model)
         self._step = {}
 

@@ -1,0 +1,176 @@
+"""torch.compile with fullgraph, and torch.export, of adapted models: equal to eager, traced once."""
+
+import copy
+
+import pytest
+import torch
+from models import Tower, tokens
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import unilora_ext as ul
+
+CONFIG = ul.UniLoRAConfig(r=3, d=64, target_modules=["up", "down"], modules_to_save=["head"], alpha=1.5, init_bound=0.5)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def result(call, model, x):
+    """Output and gradients of one step."""
+    model.zero_grad()
+    y = call(x)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("projection", ["uniform", "balanced"])
+@pytest.mark.parametrize("materialize", [True, False])
+def test_equal_to_eager_and_traced_once(projection, materialize):
+    """Steps that change theta_d, and batches of other sizes, are one graph; so are no_grad and evaluation apart."""
+    model = Tower()
+    adapter = ul.attach(
+        model, ul.UniLoRAConfig(**{**vars(CONFIG), "projection": projection, "materialize": materialize})
+    )
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (6, 4, 9, 6):
+        x = tokens(batch)
+        assert_same(result(compiled, model, x), result(model, model, x))
+        with torch.no_grad():
+            adapter.theta_d.add_(0.1 * torch.randn_like(adapter.theta_d))
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_inductor():
+    model, x = Tower(), tokens()
+    ul.attach(model, CONFIG)
+    assert_same(result(torch.compile(model, fullgraph=True), model, x), result(model, model, x))
+
+
+def test_one_projection_in_the_graph():
+    model = Tower()
+    ul.attach(model, CONFIG)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(model, fullgraph=True, backend=keep)(tokens())
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called.count("unilora.project") + called.count("unilora.project.default") == 1
+    assert called.count("unilora.lora_linear") + called.count("unilora.lora_linear.default") == 6
+
+
+def test_turned_off_merged_and_detached_graphs():
+    model, x = Tower(), tokens()
+    with torch.no_grad():
+        before = model(x)
+    adapter = ul.attach(model, CONFIG)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        adapted = compiled(x)
+        assert not torch.allclose(adapted, before)
+        with adapter.disable():
+            torch.testing.assert_close(compiled(x), before)
+        torch.testing.assert_close(compiled(x), adapted)
+        adapter.merge()
+        torch.testing.assert_close(compiled(x), adapted, rtol=1e-4, atol=1e-4)
+        adapter.unmerge()
+        adapter.detach()
+        torch.testing.assert_close(compiled(x), before)
+
+
+def test_two_models_do_not_share_a_graph_constant():
+    """Same code, other seeds: the index is a constant of a graph, so each model needs its own."""
+    models = [Tower(), Tower()]
+    for seed, model in enumerate(models):
+        ul.attach(model, ul.UniLoRAConfig(**{**vars(CONFIG), "seed": seed}))
+    x = tokens()
+    for model in models:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_same(result(compiled, model, x), result(model, model, x))
+
+
+def test_a_compiled_part_of_an_eager_model():
+    model, x = Tower(), tokens()
+    ul.attach(model, CONFIG)
+    expected = result(model, model, x)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    assert_same(result(model, model, x), expected)
+
+
+def test_layers_alone_autocast_and_dropout():
+    layer = ul.UniLoRALinear(12, 9, r=2, d=17, init_bound=1.0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 12)
+    assert_same(result(compiled, layer, x), result(layer, layer, x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(x).dtype == torch.bfloat16
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0.02, atol=0.02)
+    dropped = ul.UniLoRALinear(12, 9, r=2, d=17, dropout=0.5, init_bound=1.0)
+    compiled = torch.compile(dropped, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(x), compiled(x))
+    dropped.eval()
+    torch.testing.assert_close(compiled(x), dropped(x))
+
+
+def test_gradient_checkpointing_of_a_transformers_model():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
+    ul.attach(model, ul.UniLoRAConfig(r=3, d=64, target_modules="all-linear", modules_to_save=["classifier"]))
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randint(0, 50, (3, 7))
+    assert_same(
+        result(lambda x: compiled(input_ids=x).logits, model, x), result(lambda x: model(input_ids=x).logits, model, x)
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_an_adapted_and_of_a_merged_model(strict):
+    model, x = Tower().eval(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    batch = torch.export.Dim("batch", min=2)
+    with torch.no_grad():
+        expected = model(x)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    other = tokens(11)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), expected)
+        torch.testing.assert_close(program.module()(other), model(other))
+    adapter.merge()
+    plain = copy.deepcopy(model)
+    ul.get_adapter(plain).detach(merge=True)
+    for merged in (model, plain):
+        program = torch.export.export(merged, (x,), dynamic_shapes=({0: batch},), strict=strict)
+        torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_program_survives_its_file(tmp_path):
+    model, x = Tower().eval(), tokens()
+    ul.attach(model, CONFIG)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    torch.testing.assert_close(loaded.module()(x), model(x))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_cuda_graphs(mode):
+    model, x = Tower().cuda(), tokens().cuda()
+    ul.attach(model, CONFIG)
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        assert_same(result(compiled, model, x), result(model, model, x))
