@@ -118,7 +118,7 @@ def logits_of(model, folder):
 
 
 def adapted(folder):
-    from unilora_ext.cli.model import load_task_model
+    from unilora_ext.cli.tasks import load_task_model
 
     return load_task_model(folder / "run/adapter")[0].model
 
@@ -173,7 +173,7 @@ def test_info(capsys):
     ],
 )
 def test_default_targets(config, targets):
-    from unilora_ext.cli.model import default_targets
+    from unilora_ext.cli.classifier import default_targets
 
     made = getattr(transformers, config)()
     with torch.device("meta"):
@@ -183,7 +183,7 @@ def test_default_targets(config, targets):
 
 def test_new_modules_outside_the_head_are_saved_too(tmp_path):
     """A base without a pooler: it starts at random, so the adapter must hold it."""
-    from unilora_ext.cli.model import plain_model
+    from unilora_ext.cli.classifier import plain_model
 
     write_model(tmp_path / "tiny")
     weights = tmp_path / "tiny/model.safetensors"
@@ -195,7 +195,7 @@ def test_new_modules_outside_the_head_are_saved_too(tmp_path):
 
 @pytest.mark.parametrize(("config", "limit"), [("BertConfig", 512), ("RobertaConfig", 512), ("DistilBertConfig", 512)])
 def test_longest_input(config, limit):
-    from unilora_ext.cli.model import _positions
+    from unilora_ext.cli.classifier import _positions
 
     made = getattr(transformers, config)(pad_token_id=1)
     if config == "RobertaConfig":
@@ -208,13 +208,13 @@ def test_longest_input(config, limit):
 @pytest.mark.parametrize(("hidden", "layers", "d"), [(32, 2, 113), (384, 6, 4096), (1024, 24, 22528)])
 def test_default_d(tmp_path, hidden, layers, d, monkeypatch):
     """The paper's ratio in a large model, more in a small one."""
-    from unilora_ext.cli import model
+    from unilora_ext.cli import classifier
+    from unilora_ext.cli.settings import Settings
 
     made = transformers.BertConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=1, intermediate_size=8, vocab_size=8
     )
     with torch.device("meta"):
         bert = transformers.AutoModelForSequenceClassification.from_config(made)
-    monkeypatch.setattr(model, "plain_model", lambda *_: (bert, None, ["classifier"], 128))
-    config = {"r": 4, "d": None, "target_modules": None}
-    assert model.attach("base", ["a", "b"], config, None).adapter.config.d == d
+    monkeypatch.setattr(classifier, "plain_model", lambda *_: (bert, None, ["classifier"], 128))
+    assert classifier.Classifier.new(Settings(model="base", data="rows"), ["a", "b"]).adapter.config.d == d

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from unilora_ext.cli.errors import CliError, RunError
+from unilora_ext.cli.errors import AgreedError, CliError, RunError
 from unilora_ext.cli.parser import make_parser
 from unilora_ext.errors import UniLoRAError
 
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A sub-command's module is imported when it runs: --help need not wait for Transformers.
         getattr(importlib.import_module(module), function)(given)
         sys.stdout.flush()
+    except AgreedError as error:
+        return error.status
     except (CliError, UniLoRAError) as error:
         return _fail(name, error, 2)
     except (RunError, OSError) as error:

@@ -53,16 +53,17 @@ def merge(arguments: Namespace) -> None:
     need("transformers")
     output = _new_folder(arguments.output)
 
-    from unilora_ext.cli.model import load_task_model, quiet_bars
+    from unilora_ext.cli.model import quiet_bars
+    from unilora_ext.cli.tasks import load_task_model
 
-    classifier, _ = load_task_model(arguments.adapter, arguments.model)
-    model = classifier.adapter.detach(merge=True)
+    task, _ = load_task_model(arguments.adapter, arguments.model)
+    model = task.adapter.detach(merge=True)
     with _Folder(output) as folder, quiet_bars():
         model.save_pretrained(folder)
-        classifier.tokenizer.save_pretrained(folder)
+        task.tokenizer.save_pretrained(folder)
     print(
         f"wrote a {type(model).__name__} with its tokenizer to {output}; load it with\n"
-        f"  transformers.AutoModelForSequenceClassification.from_pretrained({str(output)!r})"
+        f"  transformers.{task.auto_class}.from_pretrained({str(output)!r})"
     )
 
 
@@ -71,11 +72,11 @@ def export(arguments: Namespace) -> None:
     need("transformers")
     output = _new_folder(arguments.output)
 
-    from unilora_ext.cli.model import load_task_model
+    from unilora_ext.cli.tasks import load_task_model
 
-    classifier, file = load_task_model(arguments.adapter, arguments.model)
+    task, file = load_task_model(arguments.adapter, arguments.model)
     with _Folder(output) as folder:
-        classifier.adapter.export_lora(folder)
+        task.adapter.export_lora(folder)
     size = sum(path.stat().st_size for path in output.iterdir())
     own = sum(entry["bytes"] for entry in file.record["files"].values())
     print(

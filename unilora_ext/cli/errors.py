@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from unilora_ext.errors import UniLoRAError
 
-__all__ = ["CliError", "RunError", "closest", "need"]
+__all__ = ["AgreedError", "CliError", "RunError", "closest", "need"]
 
 
 class CliError(UniLoRAError):
@@ -19,11 +19,20 @@ class RunError(RuntimeError):
     """Good input, but the work failed: exit status 1."""
 
 
+class AgreedError(Exception):
+    """Another process of the run reports the error; this one ends silently with the same exit status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 _EXTRAS = {
     "transformers": "train",
     "accelerate": "train",
     "matplotlib": "train",
     "sklearn": "demo",
+    "gguf": "gguf",
 }
 
 
@@ -35,7 +44,7 @@ def need(*modules: str) -> None:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        extra = "demo" if any(_EXTRAS[name] == "demo" for name in missing) else "train"
+        extra = max((_EXTRAS[name] for name in missing), key=("train", "gguf", "demo").index)
         raise CliError(
             f"expected the Python package{'s' * (len(missing) > 1)} {', '.join(missing)}, got no such package; "
             f'install with: pip install "unilora-ext[{extra}]"'

@@ -1,4 +1,4 @@
-"""``unilora finetune``: from rows of text and label to the best adapter and a report."""
+"""``unilora finetune``: from rows to the best adapter and a report."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import shlex
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unilora_ext.checkpoint import replace_file
-from unilora_ext.cli import checkpoints
-from unilora_ext.cli.data import Row, label_names, read_rows, sha256, split_rows, write_rows
+from unilora_ext.cli import checkpoints, distributed
+from unilora_ext.cli.conversations import read_conversations, split_conversations, write_conversations
+from unilora_ext.cli.data import label_names, read_rows, split_rows, write_rows
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.settings import Settings, option_name, read_run, run_record
+from unilora_ext.cli.files import sha256
+from unilora_ext.cli.settings import CAUSAL_LM, Settings, option_name, read_run, run_record
 
 __all__ = ["command", "run"]
 
-WRITTEN = ("adapter", "checkpoints", "report", "validation.csv", "run.json")
+WRITTEN = ("adapter", "checkpoints", "report", "validation.csv", "validation.jsonl", "run.json")
 """What a run writes into its folder; ``--overwrite`` deletes these and nothing else."""
 
 
@@ -30,27 +32,46 @@ def command(arguments: Namespace) -> None:
     """``unilora finetune`` with parsed arguments."""
     given = dict(vars(arguments))
     resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
-    if resume is not None:
-        if overwrite or given:
-            names = ", ".join(option_name(name) for name in [*given, *(["overwrite"] if overwrite else [])])
-            raise CliError(f"--resume {resume}: expected no other setting, the run keeps its own; got {names}")
-        settings, facts = read_run(Path(resume))
-        run(settings, facts)
-        return
-    for name, what in (("model", "a model folder or hub name"), ("data", "a file")):
-        if name not in given:
-            raise CliError(f"{option_name(name)}: expected {what}, got nothing (to go on with a run: --resume FOLDER)")
-    run(Settings(**given), overwrite=overwrite)
+    distributed.join(given.get("device", "auto") if resume is None else _device_of_run(Path(resume)))
+    with distributed.together():
+        if resume is not None:
+            if overwrite or given:
+                names = ", ".join(option_name(name) for name in [*given, *(["overwrite"] if overwrite else [])])
+                raise CliError(f"--resume {resume}: expected no other setting, the run keeps its own; got {names}")
+            settings, facts = read_run(Path(resume))
+        else:
+            for name, what in (("model", "a model folder or hub name"), ("data", "a file")):
+                if name not in given:
+                    raise CliError(
+                        f"{option_name(name)}: expected {what}, got nothing (to go on with a run: --resume FOLDER)"
+                    )
+            settings, facts = Settings(**given), None
+    run(settings, facts, overwrite)
+
+
+def _device_of_run(output: Path) -> str:
+    """The device that a run asked for, as far as it can be read; what is wrong with the run is told later."""
+    try:
+        return json.loads((output / "run.json").read_text(encoding="utf-8"))["settings"]["device"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "auto"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The checked data of a run."""
+    """The checked data of a run: rows of text and label, or records of a causal language model.
+
+    Attributes:
+        labels: of a classifier; else empty.
+        training, validation, test: the three parts.
+        counts: what became of each part's records, where there is something to tell.
+    """
 
     labels: list[str]
-    training: list[Row]
-    validation: list[Row]
-    test: list[Row]
+    training: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def run(settings: Settings, resumed: dict[str, Any] | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -69,47 +90,59 @@ def run(settings: Settings, resumed: dict[str, Any] | None = None, overwrite: bo
     """
     need("transformers", "accelerate", "matplotlib")
     output = Path(settings.output)
-    if resumed is None:
-        check_output(output, overwrite, [settings.data, settings.validation, settings.test])
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise CliError(
-            f"WORLD_SIZE: expected one process, got {os.environ['WORLD_SIZE']}: start unilora without a launcher"
-        )
-    rows = read_data(settings)
-    settings = settings.absolute()
-    facts = {"files": {path: sha256(path) for path in (settings.data, settings.validation, settings.test) if path}}
-    if resumed is not None and resumed.get("files") != facts["files"]:
-        changed = [path for path, digest in facts["files"].items() if resumed.get("files", {}).get(path) != digest]
-        raise CliError(
-            f"--resume {output}: expected the data the run began with, got changed files: {', '.join(changed)}"
-        )
+    with distributed.together():
+        if resumed is None and distributed.is_first():
+            check_output(output, overwrite, [settings.data, settings.validation, settings.test])
+        read = read_data(settings)
+        settings = settings.absolute()
+        facts = {"files": {path: sha256(path) for path in (settings.data, settings.validation, settings.test) if path}}
+        if resumed is not None and resumed.get("files") != facts["files"]:
+            changed = [path for path, digest in facts["files"].items() if resumed.get("files", {}).get(path) != digest]
+            raise CliError(
+                f"--resume {output}: expected the data the run began with, got changed files: {', '.join(changed)}"
+            )
     finished = output / "report" / "metrics.json"
-    if resumed is not None and finished.is_file():
+    if distributed.from_first(resumed is not None and finished.is_file()):
         print(f"{output}: this run is complete already; see {finished}")
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return json.loads(finished.read_text(encoding="utf-8")) if distributed.is_first() else {}
 
     from unilora_ext.cli.training import prepare, train  # PyTorch and Transformers, once all else is known to be good
 
-    classifier = prepare(settings, rows.labels)
-    with _alone(output, create=resumed is None):
-        if resumed is None:
-            for name in WRITTEN:
-                path = output / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            replace_file(output / "run.json", run_record(settings, facts))
-        write_rows(output / "validation.csv", rows.validation, settings.text_column, settings.label_column)
-        for path in checkpoints.remove_incomplete(output / "checkpoints"):
-            print(f"removed {path}: its saving was interrupted")
+    with ExitStack() as held:
+        with distributed.together():
+            task, rows = prepare(settings, read)
+        with distributed.together():
+            if distributed.is_first():
+                held.enter_context(_alone(output, create=resumed is None))
+                _begin(settings, facts, read, output, fresh=resumed is None)
         started = time.perf_counter()
         try:
-            return train(settings, classifier, rows, output, started)
+            return train(settings, task, rows, output, started)
         except KeyboardInterrupt:
             print(f"\nInterrupted. Go on with: unilora finetune --resume {shlex.quote(settings.output)}")
             raise
 
 
+def _begin(settings: Settings, facts: dict[str, Any], rows: Rows, output: Path, fresh: bool) -> None:
+    """What is in the run's folder before the training: nothing of an earlier run."""
+    if fresh:
+        for name in WRITTEN:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        replace_file(output / "run.json", run_record(settings, facts))
+    path = output / settings.validation_file
+    if settings.task == CAUSAL_LM:
+        write_conversations(path, rows.validation, settings.text_column)
+    else:
+        write_rows(path, rows.validation, settings.text_column, settings.label_column)
+    for path in checkpoints.remove_incomplete(output / "checkpoints"):
+        print(f"removed {path}: its saving was interrupted")
+
+
 def read_data(settings: Settings) -> Rows:
     """All rows, split and checked."""
+    if settings.task == CAUSAL_LM:
+        return _read_conversations(settings)
     columns = (settings.text_column, settings.label_column)
     training = read_rows(settings.data, *columns)
     labels = label_names(training, f"{settings.data}, column '{settings.label_column}'")
@@ -119,6 +152,16 @@ def read_data(settings: Settings) -> Rows:
         training, validation = split_rows(training, settings.validation_fraction, settings.seed)
     test = read_rows(settings.test, *columns, labels) if settings.test is not None else []
     return Rows(labels, training, validation, test)
+
+
+def _read_conversations(settings: Settings) -> Rows:
+    training = read_conversations(settings.data, settings.text_column)
+    if settings.validation is not None:
+        validation = read_conversations(settings.validation, settings.text_column)
+    else:
+        training, validation = split_conversations(training, settings.validation_fraction, settings.seed)
+    test = read_conversations(settings.test, settings.text_column) if settings.test is not None else []
+    return Rows([], training, validation, test)
 
 
 def check_output(output: Path, overwrite: bool, inputs: list[str | None]) -> None:

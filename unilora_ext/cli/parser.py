@@ -28,9 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
     finetune = add(
         "finetune",
         "finetune:command",
-        "fine-tune a Transformers encoder for text classification",
+        "fine-tune a Transformers encoder for text classification, or a causal language model",
         "Writes into --output: adapter/ (the best one), report/ (metrics.json, report.png), checkpoints/, run.json, "
-        "validation.csv. An interrupted run goes on with 'unilora finetune --resume FOLDER'.",
+        "validation.csv (.jsonl). An interrupted run goes on with 'unilora finetune --resume FOLDER'. On several "
+        "processes: torchrun --nproc-per-node N -m unilora_ext finetune ...",
     )
     _add_settings(finetune)
     finetune.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with this run")
@@ -38,9 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", default=argparse.SUPPRESS, help="replace the run in --output"
     )
 
-    evaluate = add("evaluate", "predict:evaluate", "accuracy and loss of a saved adapter on labelled rows")
+    evaluate = add("evaluate", "predict:evaluate", "accuracy or perplexity, and loss, of a saved adapter on rows")
     _add_adapter(evaluate)
-    evaluate.add_argument("--data", required=True, metavar="FILE", help="a .csv or .jsonl file with text and label")
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="rows as in training")
     evaluate.add_argument("--label-column", metavar="NAME", help="name of the label column (default: as in training)")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
 
@@ -49,7 +50,32 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
     predict.add_argument("--data", metavar="FILE", help="a .csv or .jsonl file with texts")
     predict.add_argument("--output", metavar="FILE", help="write .csv or .jsonl there instead of printing")
-    for command in (evaluate, predict):
+
+    generate = add(
+        "generate",
+        "generate:command",
+        "text by a causal language model with a saved adapter",
+        "Takes the likeliest token each time, unless --temperature is given.",
+    )
+    _add_adapter(generate)
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="a text to go on with, as it is")
+    generate.add_argument("--message", action="append", metavar="TEXT", help="a user's message, by the chat template")
+    generate.add_argument("--system", metavar="TEXT", help="a system message before each --message")
+    generate.add_argument(
+        "--data",
+        metavar="FILE",
+        help="records as in training: texts and prompts are gone on with, conversations answered anew",
+    )
+    generate.add_argument("--output", metavar="FILE", help="write .jsonl there instead of printing")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="draw tokens at this temperature (default: 0, none)"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="draw from this share of the probability (default: 1)"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    for command in (evaluate, predict, generate):
         command.add_argument("--text-column", metavar="NAME", help="name of the text column (default: as in training)")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
@@ -92,6 +118,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     """One option for each field of Settings. Absent options stay absent: --resume must see what was given."""
     for spec in fields(Settings):
         kind, text = spec.metadata["kind"], spec.metadata["help"]
+        if kind is bool:
+            parser.add_argument(option_name(spec.name), action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
         if spec.default not in (None, ""):
             text += f" (default: {spec.default})"
         parser.add_argument(

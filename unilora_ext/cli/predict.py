@@ -1,4 +1,4 @@
-"""``unilora evaluate`` and ``unilora predict``: a saved adapter on rows or texts."""
+"""``unilora evaluate`` (either task) and ``unilora predict`` (classifiers): a saved adapter on rows or texts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from unilora_ext.checkpoint import read, replace_file
+from unilora_ext.cli.conversations import read_conversations
 from unilora_ext.cli.data import Row, read_rows
 from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION, check_task
 
-__all__ = ["evaluate", "predict"]
+__all__ = ["check_target", "describe", "evaluate", "predict", "write"]
 
 
 def evaluate(arguments: Namespace) -> None:
-    """Prints accuracy and loss to the last digit."""
+    """Prints the loss, and the accuracy or perplexity, to the last digit."""
     need("transformers")
     facts = read(arguments.adapter).metadata
     text, label = _columns(arguments, facts)
-    rows = read_rows(arguments.data, text, label, facts.get("labels", ()))
+    if facts.get("task") == CAUSAL_LM:
+        if arguments.label_column is not None:
+            raise CliError(f"--label-column: expected for {CLASSIFICATION} only, the adapter's task is {CAUSAL_LM}")
+        rows = read_conversations(arguments.data, text)
+    else:
+        rows = read_rows(arguments.data, text, label, facts.get("labels", ()))
     check_target(arguments.json, arguments.data)
 
-    from unilora_ext.cli.model import load_classifier
-    from unilora_ext.cli.scoring import score
+    from unilora_ext.cli.tasks import load_on
 
-    classifier, _ = load_classifier(arguments.adapter, arguments.model, arguments.device)
-    result = score(classifier, rows)
-    print(f"accuracy {result.accuracy!r} ({result.correct} of {result.rows})\nloss     {result.loss!r}")
+    task, _ = load_on(arguments.adapter, arguments.model, arguments.device)
+    ready, counts = task.ready(rows)
+    result = task.score(ready)
+    print("\n".join(result.lines()))
+    if counts:
+        print("data     " + describe(counts))
     if arguments.json is not None:
-        record = {"adapter": str(arguments.adapter), "data": str(arguments.data), **result.asdict()}
+        record = {"adapter": str(arguments.adapter), "data": str(arguments.data), **result.asdict(), **counts}
         write(arguments.json, json.dumps(record, indent=2) + "\n")
 
 
@@ -39,6 +48,7 @@ def predict(arguments: Namespace) -> None:
     """Prints a label and its probability a line, or writes a file."""
     need("transformers")
     facts = read(arguments.adapter).metadata
+    check_task(arguments.adapter, facts, CLASSIFICATION, "unilora generate")
     if (arguments.text is None) == (arguments.data is None):
         got = "neither" if arguments.text is None else "both"
         raise CliError(f"--text, --data: expected one of them, got {got}")
@@ -54,10 +64,10 @@ def predict(arguments: Namespace) -> None:
         if empty:
             raise CliError(f"{empty[0]}: expected a text, got nothing")
 
-    from unilora_ext.cli.model import load_classifier
-    from unilora_ext.cli.scoring import logits
+    from unilora_ext.cli.classifier import logits
+    from unilora_ext.cli.tasks import load_on
 
-    classifier, _ = load_classifier(arguments.adapter, arguments.model, arguments.device)
+    classifier, _ = load_on(arguments.adapter, arguments.model, arguments.device)
     probabilities = logits(classifier, [row.text for row in rows]).softmax(-1)
     best = probabilities.max(-1)
     records = [
@@ -75,6 +85,19 @@ def predict(arguments: Namespace) -> None:
 def _columns(arguments: Namespace, facts: dict[str, Any]) -> tuple[str, str]:
     text = arguments.text_column or facts.get("text_column", "text")
     return text, getattr(arguments, "label_column", None) or facts.get("label_column", "label")
+
+
+def describe(counts: dict[str, int]) -> str:
+    """What became of a file's records, in words."""
+    parts = [f"{counts['records']:,} records, {counts['learnt']:,} of {counts['tokens']:,} tokens learnt"]
+    for key, text in (
+        ("truncated", "cut at the longest length"),
+        ("skipped", "left out: nothing to learn in what was kept of them"),
+        ("apart", "with a prompt that ends within a token: tokenized apart from the completion"),
+    ):
+        if counts[key]:
+            parts.append(f"{counts[key]:,} {text}")
+    return "; ".join(parts)
 
 
 def check_target(path: str | None, source: str | None, option: str = "--json") -> None:

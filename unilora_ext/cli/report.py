@@ -1,4 +1,5 @@
-"""The picture of a run: loss and accuracy by epoch, and the adapter's size beside LoRA's and the model's."""
+"""The picture of a run: loss and accuracy or perplexity by epoch, and the adapter's size beside those of LoRA and of
+the model."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 __all__ = ["draw"]
 
+_AXES = {"accuracy": "share of rows", "perplexity": "exp(mean cross-entropy of a token)"}
 _BLUE, _ORANGE, _GREY = "#1f77b4", "#ff7f0e", "#999999"
 
 
@@ -18,23 +20,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, accuracy, size = figure.subplots(1, 3)
+    loss, middle, size = figure.subplots(1, 3)
     epochs = [entry["epoch"] for entry in results["epochs"]]
+    kind = "accuracy" if "validation_accuracy" in results["epochs"][0] else "perplexity"
 
     for key, label, color in (("train_loss", "training", _GREY), ("validation_loss", "validation", _BLUE)):
         loss.plot(epochs, [entry[key] for entry in results["epochs"]], "o-", color=color, label=label)
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
-    values = [entry["validation_accuracy"] for entry in results["epochs"]]
-    accuracy.plot(epochs, values, "o-", color=_BLUE, label="validation")
+    values = [entry[f"validation_{kind}"] for entry in results["epochs"]]
+    middle.plot(epochs, values, "o-", color=_BLUE, label="validation")
     position = epochs.index(results["best_epoch"])
-    for axes, key in ((loss, "validation_loss"), (accuracy, "validation_accuracy")):
+    for axes, key in ((loss, "validation_loss"), (middle, f"validation_{kind}")):
         kept = results["epochs"][position][key]
         axes.plot([results["best_epoch"]], [kept], "o", ms=12, mfc="none", color=_ORANGE, label="best, kept")
+    if "before" in results:
+        value = results["before"]["validation"][kind]
+        middle.axhline(value, color=_GREY, ls=":", label=f"validation, no adapter: {value:.4g}")
     if results["test"] is not None:
-        value = results["test"]["accuracy"]
-        accuracy.axhline(value, color=_ORANGE, ls="--", label=f"test, best adapter: {value:.4f}")
-    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="share of rows")
-    for axes in (loss, accuracy):
+        value = results["test"][kind]
+        middle.axhline(value, color=_ORANGE, ls="--", label=f"test, best adapter: {value:.4f}")
+    middle.set(title=kind.capitalize(), xlabel="epoch", ylabel=_AXES[kind])
+    for axes in (loss, middle):
         axes.legend()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

@@ -11,16 +11,24 @@ from typing import Any
 
 from unilora_ext.cli.errors import CliError
 
-__all__ = ["Settings", "option_name", "read_run", "run_record"]
+__all__ = ["CAUSAL_LM", "CLASSIFICATION", "Settings", "check_task", "option_name", "read_run", "run_record"]
 
 FORMAT_VERSION = 1
+CLASSIFICATION, CAUSAL_LM = "sequence-classification", "causal-lm"
 
 
 def _option(
-    default: Any, kind: type, text: str, expected: str = "", good: Callable[[Any], bool] = lambda _: True
+    default: Any,
+    kind: type,
+    text: str,
+    expected: str = "",
+    good: Callable[[Any], bool] = lambda _: True,
+    task: str | None = None,
 ) -> Any:
-    """One setting: its default, type, help text, and the condition a value must meet with its wording."""
-    return field(default=default, metadata={"kind": kind, "help": text, "expected": expected, "good": good})
+    """One setting: its default, type, help text, the condition a value must meet with its wording, and the only task
+    that has it."""
+    metadata = {"kind": kind, "help": text, "expected": expected, "good": good, "task": task}
+    return field(default=default, metadata=metadata)
 
 
 def _one_of(*values: str) -> dict[str, Any]:
@@ -39,13 +47,22 @@ _FRACTION = {"expected": "a number in [0, 1)", "good": lambda v: 0 <= v < 1}
 class Settings:
     """Everything that decides the result of ``unilora finetune``. The help texts below are its documentation."""
 
-    model: str = _option("", str, "folder or hub name of the base model", "a folder or hub name", bool)
-    data: str = _option("", str, "training rows: a .csv or .jsonl file with a text and a label column", "a file", bool)
+    model: str = _option("", str, "base model: a folder or hub name; for causal-lm also a .gguf file", "a name", bool)
+    data: str = _option(
+        "",
+        str,
+        "training rows. To classify: .csv or .jsonl with a text and a label column. For causal-lm: .jsonl with text, "
+        "with prompt and completion (which is learnt), or with messages (the assistant's turns are learnt by the chat "
+        "template); .csv with a text column; .txt with one text a line",
+        "a file",
+        bool,
+    )
+    task: str = _option(CLASSIFICATION, str, f"{CLASSIFICATION} or {CAUSAL_LM}", **_one_of(CLASSIFICATION, CAUSAL_LM))
     output: str = _option("unilora-run", str, "folder of the run", "a folder name", bool)
     validation: str | None = _option(None, str, "validation rows (without it, a part of --data)")
     test: str | None = _option(None, str, "test rows, scored once at the end with the best adapter")
     text_column: str = _option("text", str, "name of the text column", "a name", bool)
-    label_column: str = _option("label", str, "name of the label column", "a name", bool)
+    label_column: str = _option("label", str, "name of the label column", "a name", bool, CLASSIFICATION)
     validation_fraction: float = _option(
         0.1, float, "share of --data held out for validation", "a number in (0, 1)", lambda v: 0 < v < 1
     )
@@ -54,16 +71,21 @@ class Settings:
         lambda v: 0 <= v < 2**32,
     )  # fmt: skip
     epochs: int = _option(3, int, "passes over the training rows", **_COUNT)
-    batch_size: int = _option(16, int, "rows a step", **_COUNT)
+    batch_size: int = _option(16, int, "rows a step, of all processes together", **_COUNT)
+    gradient_accumulation: int = _option(
+        1, int, "parts in which a process works through its rows of a step: less memory, the same step", **_COUNT
+    )
     max_length: int | None = _option(
         None,
         int,
-        "tokens kept of a text (without it, 128 or the model's limit)",
+        "tokens kept of a row (without it, 128, for causal-lm 512, or the model's limit)",
         "an integer >= 4",
         lambda v: v >= 4,
     )
     lr_theta: float = _option(0.02, float, "peak learning rate of theta_d", **_positive())
-    lr_head: float = _option(0.002, float, "peak learning rate of the classifier head", **_positive())
+    lr_head: float = _option(
+        0.002, float, "peak learning rate of the classifier head", **_positive(), task=CLASSIFICATION
+    )
     weight_decay: float = _option(
         0.0,
         float,
@@ -80,7 +102,11 @@ class Settings:
         None, int, "length of theta_d (without it, an 18th of the LoRA values, a 9th in a small model)", **_COUNT
     )
     target_modules: tuple[str, ...] | None = _option(
-        None, str, "layers to adapt: names or name endings, or all-linear (without it, query and value)", "names", bool
+        None,
+        str,
+        "layers to adapt: names or name endings, or all-linear (without it, query and value; for causal-lm all-linear)",
+        "names",
+        bool,
     )
     projection: str = _option("uniform", str, "uniform (the paper's) or balanced", **_one_of("uniform", "balanced"))
     alpha: float | None = _option(None, float, "the update is scaled by alpha / r (without it, by 1)", **_positive())
@@ -90,6 +116,16 @@ class Settings:
         str,
         "validation figure that tells the best epoch: loss or accuracy",
         **_one_of("loss", "accuracy"),
+    )
+    dtype: str = _option(
+        "float32",
+        str,
+        "of the frozen weights: float32 or bfloat16",
+        **_one_of("float32", "bfloat16"),
+        task=CAUSAL_LM,
+    )
+    gradient_checkpointing: bool = _option(
+        False, bool, "recompute activations in the backward pass: less memory, more time, the same step"
     )
     save_steps: int = _option(100, int, "steps between checkpoints, beside one after each epoch", **_COUNT)
     device: str = _option("auto", str, "auto, cpu or cuda", **_one_of("auto", "cpu", "cuda"))
@@ -102,17 +138,32 @@ class Settings:
             if not meta["good"](value):
                 got = repr(value) if value != "" else "nothing"
                 raise CliError(f"{option_name(spec.name)}: expected {meta['expected']}, got {got}")
+            if meta["task"] not in (None, self.task) and value != spec.default:
+                raise CliError(f"{option_name(spec.name)}: expected with --task {meta['task']} only, got {self.task}")
+        if self.task == CAUSAL_LM and self.best != "loss":
+            raise CliError(f"--best: expected loss with --task {CAUSAL_LM}, got {self.best}")
 
     def absolute(self) -> Settings:
         """With absolute paths, so that the run can be resumed from anywhere."""
         paths = {name: getattr(self, name) for name in ("data", "validation", "test")}
-        if os.path.isdir(self.model):
+        if os.path.exists(self.model):
             paths["model"] = self.model
         return replace(self, **{name: os.path.abspath(path) for name, path in paths.items() if path})
+
+    @property
+    def validation_file(self) -> str:
+        """Name of the validation rows in the run's folder."""
+        return "validation.jsonl" if self.task == CAUSAL_LM else "validation.csv"
 
     def deterministic(self) -> dict[str, Any]:
         """The settings that decide the numbers: not where they are written, nor how often they are saved."""
         return {key: value for key, value in asdict(self).items() if key not in ("output", "save_steps")}
+
+
+def check_task(adapter: Any, facts: Mapping[str, Any], task: str, other: str) -> None:
+    """Refuses an adapter of the other task, which `other` serves."""
+    if facts.get("task") not in (None, task):
+        raise CliError(f"{adapter}: expected an adapter for {task}, got one for {facts['task']}; use {other}")
 
 
 def option_name(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import unilora_ext as ul
-from unilora_ext.cli.model import Classifier
+from unilora_ext.cli.model import TaskModel
 
 __all__ = ["file_sizes", "model_sizes", "table"]
 
@@ -24,10 +24,10 @@ def file_sizes(file: ul.AdapterFile) -> dict[str, int]:
     }
 
 
-def model_sizes(classifier: Classifier, folder: Path) -> dict[str, int]:
+def model_sizes(task: TaskModel, folder: Path) -> dict[str, int]:
     """:func:`file_sizes` and those of the model: its parameters without theta_d, at their own width."""
-    theta_d = classifier.adapter.theta_d
-    parameters = [p for p in classifier.model.parameters() if p is not theta_d]
+    theta_d = task.adapter.theta_d
+    parameters = [p for p in task.model.parameters() if p is not theta_d]
     return {
         **file_sizes(ul.read(folder)),
         "model_parameters": sum(p.numel() for p in parameters),
@@ -40,8 +40,9 @@ def table(sizes: dict[str, int]) -> str:
     rows = [
         ("adapter: theta_d", sizes["d"], sizes["theta_d_bytes"]),
         ("same matrices as LoRA", sizes["D"], sizes["lora_bytes"]),
-        ("classifier head (in each)", sizes["head_parameters"], sizes["head_bytes"]),
     ]
+    if sizes["head_parameters"]:
+        rows.append(("classifier head (in each)", sizes["head_parameters"], sizes["head_bytes"]))
     if "model_bytes" in sizes:
         rows.append(("whole model", sizes["model_parameters"], sizes["model_bytes"]))
     lines = [f"  {'':<26}{'numbers':>14}{'bytes':>16}"]

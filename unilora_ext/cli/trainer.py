@@ -1,4 +1,8 @@
-"""Transformers' Trainer with an adapter: two learning rates, small checkpoints, exact resume."""
+"""Transformers' Trainer with an adapter: two learning rates, small checkpoints, exact resume, one or more processes.
+
+A step is the same on any number of processes and parts: its rows are dealt out to them, and their losses are divided by
+what the whole step learns. Transformers divides by what each process holds, and leaves classifiers out.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from unilora_ext.adapter import saved_tensors
 from unilora_ext.checkpoint import read
-from unilora_ext.cli import checkpoints
-from unilora_ext.cli.data import Row
+from unilora_ext.cli import checkpoints, distributed
+from unilora_ext.cli.encoding import IGNORED
 from unilora_ext.cli.errors import RunError
-from unilora_ext.cli.model import Classifier, device_of
+from unilora_ext.cli.model import TaskModel, device_of
 from unilora_ext.cli.progress import Progress
-from unilora_ext.cli.scoring import Score, score
 from unilora_ext.cli.settings import Settings
 
 __all__ = ["AdapterTrainer"]
 
 
 class AdapterTrainer(Trainer):
-    """Trains theta_d and the head of a classifier.
+    """Trains theta_d, and the head of a classifier.
 
     Args:
-        classifier: what is trained.
+        task: what is trained.
         training: rows to train on.
         validation: rows scored after each epoch; the adapter of the best one is kept.
         settings: of the run.
@@ -42,44 +45,38 @@ class AdapterTrainer(Trainer):
 
     def __init__(
         self,
-        classifier: Classifier,
-        training: Sequence[Row],
-        validation: Sequence[Row],
+        task: TaskModel,
+        training: Sequence[Any],
+        validation: Sequence[Any],
         settings: Settings,
         metadata: dict[str, Any],
         adapter_folder: Path,
         folder: Path,
     ) -> None:
-        self.classifier, self.settings, self.validation = classifier, settings, validation
+        self.task, self.settings, self.validation = task, settings, validation
         self.adapter_metadata, self.adapter_folder, self.checkpoint_folder = metadata, adapter_folder, folder
-        number = {label: i for i, label in enumerate(classifier.labels)}
-        encoded = classifier.tokenizer(
-            [row.text for row in training], truncation=True, max_length=classifier.max_length
-        )
-        examples = [
-            {**{key: values[i] for key, values in encoded.items()}, "labels": number[row.label]}
-            for i, row in enumerate(training)
-        ]
+        examples = task.examples(training)
         self.steps_an_epoch = -(-len(examples) // settings.batch_size)
         super().__init__(
-            model=classifier.model,
+            model=task.model,
             args=training_arguments(settings, folder, self.steps_an_epoch * settings.epochs),
-            train_dataset=examples,
+            train_dataset=[*examples, _blank(examples)],
             eval_dataset=list(validation),
-            data_collator=DataCollatorWithPadding(classifier.tokenizer),
+            data_collator=task.collator(),
         )
+        self.model_accepts_loss_kwargs = True  # so that the labels of a step are counted, for compute_loss() below
         self.remove_callback(PrinterCallback)
-        self.progress = Progress(self.steps_an_epoch, settings.epochs, settings.best)
+        self.progress = Progress(self.steps_an_epoch, settings.epochs, settings.best, task.figure, task.speed_unit)
         self.add_callback(self.progress)
         self.add_callback(_SaveBetweenEpochs(settings.save_steps, self.steps_an_epoch))
-        self.loss_sum, self.loss_rows = 0.0, 0  # of the current epoch; kept in each checkpoint
+        self.loss_sum, self.loss_rows = 0.0, 0  # of the epoch, in this process; the sums are kept in each checkpoint
 
     # -- optimizer and order ------------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW with theta_d and the head at their own learning rates; vectors of the head do not decay."""
         if self.optimizer is None:
-            adapter, settings = self.classifier.adapter, self.settings
+            adapter, settings = self.task.adapter, self.settings
             head = [p for p in self.model.parameters() if p.requires_grad and p is not adapter.theta_d]
             groups = [
                 {"params": [adapter.theta_d], "lr": settings.lr_theta, "weight_decay": settings.weight_decay},
@@ -94,37 +91,62 @@ class AdapterTrainer(Trainer):
             self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
-        lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        return LengthSampler(
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's share of each step."""
+        lengths = [len(example["input_ids"]) for example in self.train_dataset[:-1]]
+        order = LengthSampler(
             lengths,
             self.settings.batch_size,
             self.settings.seed,
             lambda: self.state.global_step // self.steps_an_epoch,
         )
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=Shares(order, self.settings.gradient_accumulation, blank=len(lengths)),
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     # -- losses and scores --------------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        rows = len(inputs["labels"])
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        value = loss.item()
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The part of the step's mean loss that these rows make up, times the processes: gradients are averaged over
+        them."""
+        total = self.task.loss_sum(model, inputs)
+        learnt = int((inputs["labels"] != IGNORED).sum())
+        value = (total.detach() / max(learnt, 1)).item()
         if not math.isfinite(value):
+            rates = f"--lr-theta (now {self.settings.lr_theta})"
+            if self.task.adapter.config.modules_to_save:
+                rates += f" or --lr-head (now {self.settings.lr_head})"
             raise RunError(
-                f"training diverged in step {self.state.global_step + 1}: the loss is {value}. "
-                f"Lower --lr-theta (now {self.settings.lr_theta}) or --lr-head (now {self.settings.lr_head})"
+                f"training diverged in step {self.state.global_step + 1}: the loss is {value}. Lower {rates}"
             )
-        self.loss_sum, self.loss_rows = self.loss_sum + value * rows, self.loss_rows + rows
-        self.progress.step(value, rows)
-        return loss
+        self.loss_sum, self.loss_rows = self.loss_sum + value * learnt, self.loss_rows + learnt
+        rows = int((inputs["labels"] != IGNORED).view(len(inputs["labels"]), -1).any(-1).sum())
+        self.progress.step(value if learnt else None, rows, self._tokens(inputs))
+        return total * distributed.world_size() / num_items_in_batch
+
+    @staticmethod
+    def _tokens(inputs: dict[str, Any]) -> int:
+        mask = inputs.get("attention_mask")
+        return inputs["input_ids"].numel() if mask is None else int(mask.sum())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Scores the validation rows exactly as ``unilora evaluate`` does."""
-        result: Score = score(self.classifier, self.validation)
+        """Scores the validation rows as ``unilora evaluate`` does, each process a part of them."""
+        mine = self.validation[distributed.rank() :: distributed.world_size()]
+        *sums, loss_sum, loss_rows = distributed.sums([*self.task.sums(mine), self.loss_sum, self.loss_rows])
+        result = self.task.score_of(sums)
         metrics = {
-            "eval_accuracy": result.accuracy,
+            f"eval_{self.task.figure}": getattr(result, self.task.figure),
             "eval_loss": result.loss,
-            "train_loss": self.loss_sum / self.loss_rows,
+            "train_loss": loss_sum / loss_rows,
         }
         self.loss_sum, self.loss_rows = 0.0, 0
         self.log(metrics)
@@ -133,43 +155,50 @@ class AdapterTrainer(Trainer):
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
-        """Losses and accuracy of each finished epoch; restored by a resume."""
+        """Losses and figure of each finished epoch; restored by a resume."""
+        figure = self.task.figure
         return [
             {
                 "epoch": round(entry["epoch"]),
                 "step": entry["step"],
                 "train_loss": entry["train_loss"],
                 "validation_loss": entry["eval_loss"],
-                "validation_accuracy": entry["eval_accuracy"],
+                f"validation_{figure}": entry[f"eval_{figure}"],
             }
             for entry in self.state.log_history
-            if "eval_accuracy" in entry
+            if "eval_loss" in entry
         ]
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter instead of the model."""
-        self.classifier.adapter.save(Path(output_dir or self.args.output_dir) / "adapter", self.adapter_metadata)
+        if distributed.is_first():
+            self.task.adapter.save(Path(output_dir or self.args.output_dir) / "adapter", self.adapter_metadata)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         step = self.state.global_step
         checkpoint = self.checkpoint_folder / f"checkpoint-{step}"
-        checkpoints.unmark(checkpoint)
+        loss_sum, loss_rows = distributed.sums([self.loss_sum, self.loss_rows])
+        if distributed.is_first():
+            checkpoints.unmark(checkpoint)
         super()._save_checkpoint(model, trial, *args, **kwargs)
-        checkpoints.mark_complete(checkpoint, {"loss_sum": self.loss_sum, "loss_rows": self.loss_rows})
-        if self.state.best_global_step == step:
-            self.publish()
-        checkpoints.prune(self.checkpoint_folder, keep={step, self.state.best_global_step or step})
+        distributed.barrier()  # each process keeps the state of its random generators
+        if distributed.is_first():
+            checkpoints.mark_complete(checkpoint, {"loss_sum": loss_sum, "loss_rows": loss_rows})
+            if self.state.best_global_step == step:
+                self.publish()
+            checkpoints.prune(self.checkpoint_folder, keep={step, self.state.best_global_step or step})
 
     def publish(self) -> None:
         """Makes the adapter in the model the run's best one."""
-        self.classifier.adapter.save(self.adapter_folder, self.adapter_metadata)
+        self.task.adapter.save(self.adapter_folder, self.adapter_metadata)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         facts = checkpoints.read_marker(Path(resume_from_checkpoint))
         assert facts is not None, "only whole checkpoints are resumed"
-        self.loss_sum, self.loss_rows = facts["loss_sum"], facts["loss_rows"]
+        if distributed.is_first():
+            self.loss_sum, self.loss_rows = facts["loss_sum"], facts["loss_rows"]
         self._restore(Path(resume_from_checkpoint))
 
     def load_best(self) -> None:
@@ -179,7 +208,7 @@ class AdapterTrainer(Trainer):
 
     def _restore(self, checkpoint: Path) -> None:
         """Reads theta_d and the head of a checkpoint into the model."""
-        file, adapter = read(checkpoint / "adapter"), self.classifier.adapter
+        file, adapter = read(checkpoint / "adapter"), self.task.adapter
         with torch.no_grad():
             adapter.theta_d.copy_(file.theta_d)
             for name, tensor in saved_tensors(adapter.model, adapter.config).items():
@@ -191,7 +220,10 @@ def training_arguments(settings: Settings, folder: Path, steps: int) -> Training
     schedules = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // (settings.gradient_accumulation * distributed.world_size()),
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,  # theta_d and the head take part in every forward pass
         num_train_epochs=settings.epochs,
         optim="adamw_torch",
         learning_rate=settings.lr_theta,
@@ -207,9 +239,16 @@ def training_arguments(settings: Settings, folder: Path, steps: int) -> Training
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=device_of(settings.device).type != "cpu",
+        **(_checkpointing() if settings.gradient_checkpointing else {}),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # theta_d lives on one device; DataParallel would copy it
     return arguments
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Not the reentrant kind: DDP would see theta_d's gradient twice."""
+    prefix = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    return {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 class _SaveBetweenEpochs(TrainerCallback):
@@ -255,3 +294,37 @@ class LengthSampler(Sampler[int]):
         last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch stays the last one
         generator.shuffle(batches)
         return iter([i for batch in batches + last for i in batch])
+
+
+class Shares(Sampler[list[int]]):
+    """The batches of one process: its share of every step, in parts.
+
+    Every process has as many parts, and they are of like length. A part that the last, short step leaves empty is
+    the blank row, of which nothing is learnt.
+
+    Args:
+        order: of the rows.
+        parts: of a process's share of a step.
+        blank: number of the blank row.
+    """
+
+    def __init__(self, order: LengthSampler, parts: int, blank: int) -> None:
+        self.order, self.parts, self.blank = order, parts, blank
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.order.batch_size) * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows, size, processes = list(self.order), self.order.batch_size, distributed.world_size()
+        for start in range(0, len(rows), size):
+            step = rows[start : start + size]
+            for part in range(self.parts):
+                first = part * processes + distributed.rank()
+                yield step[first :: processes * self.parts] or [self.blank]
+
+
+def _blank(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The shortest example with nothing to learn in it."""
+    shortest = min(examples, key=lambda example: len(example["input_ids"]))
+    labels = shortest["labels"]
+    return {**shortest, "labels": IGNORED if isinstance(labels, int) else [IGNORED] * len(labels)}

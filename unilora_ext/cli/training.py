@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ import transformers
 
 import unilora_ext as ul
 from unilora_ext.checkpoint import replace_file
-from unilora_ext.cli import checkpoints, report, sizes
-from unilora_ext.cli.model import Classifier, attach, device_of, load_classifier, metadata
-from unilora_ext.cli.scoring import Score, score
-from unilora_ext.cli.settings import Settings
+from unilora_ext.cli import checkpoints, distributed, report, sizes
+from unilora_ext.cli.errors import CliError
+from unilora_ext.cli.model import Score, TaskModel, device_of
+from unilora_ext.cli.predict import describe
+from unilora_ext.cli.settings import CAUSAL_LM, Settings
+from unilora_ext.cli.tasks import TASKS, load_on
 from unilora_ext.cli.trainer import AdapterTrainer
 
 if TYPE_CHECKING:
@@ -26,43 +29,60 @@ if TYPE_CHECKING:
 __all__ = ["prepare", "train"]
 
 
-def prepare(settings: Settings, labels: list[str]) -> Classifier:
-    """The model with a new adapter; writes nothing."""
+def prepare(settings: Settings, rows: Rows) -> tuple[TaskModel, Rows]:
+    """The model with a new adapter, and the rows as it takes them; writes nothing."""
     device_of(settings.device)
+    parts = settings.gradient_accumulation * distributed.world_size()
+    if settings.batch_size % parts:
+        raise CliError(
+            f"--batch-size: expected a multiple of {parts}, processes x --gradient-accumulation, got "
+            f"{settings.batch_size}"
+        )
     transformers.set_seed(settings.seed)
-    config = {
-        "r": settings.r,
-        "d": settings.d,
-        "target_modules": settings.target_modules,
-        "projection": settings.projection,
-        "seed": settings.seed,
-        "alpha": settings.alpha,
-        "dropout": settings.dropout,
-    }
-    return attach(settings.model, labels, config, settings.max_length)
+    task = TASKS[settings.task].new(settings, rows.labels)
+    if settings.gradient_checkpointing and not getattr(task.model, "supports_gradient_checkpointing", False):
+        raise CliError(f"--gradient-checkpointing: {type(task.model).__name__} does not offer it")
+    ready = {name: task.ready(part) for name in ("training", "validation", "test") if (part := getattr(rows, name))}
+    counts = {name: counted for name, (_, counted) in ready.items() if counted}
+    return task, replace(rows, **{name: part for name, (part, _) in ready.items()}, counts=counts)
 
 
-def train(settings: Settings, classifier: Classifier, rows: Rows, output: Path, started: float) -> dict[str, Any]:
-    """Trains to the end from the last whole checkpoint, scores the best adapter, writes the report."""
-    folder, facts = output / "checkpoints", metadata(classifier, settings)
-    trainer = AdapterTrainer(classifier, rows.training, rows.validation, settings, facts, output / "adapter", folder)
-    _print_plan(settings, classifier, rows, trainer.steps_an_epoch)
-    resumed = checkpoints.latest(folder)
+def train(settings: Settings, task: TaskModel, rows: Rows, output: Path, started: float) -> dict[str, Any]:
+    """Trains to the end from the last whole checkpoint, scores the best adapter, writes the report.
+
+    Returns:
+        The content of ``metrics.json``; empty in the other processes than the first.
+    """
+    folder, facts = output / "checkpoints", task.metadata(settings)
+    trainer = AdapterTrainer(task, rows.training, rows.validation, settings, facts, output / "adapter", folder)
+    _print_plan(settings, task, rows, trainer.steps_an_epoch)
+    resumed = distributed.from_first(checkpoints.latest(folder))
     if resumed is not None:
         print(f"going on from {resumed}")
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    processes = distributed.world_size()
+    first = distributed.is_first()
+    distributed.leave()
+    if not first:
+        return {}
     trainer.load_best()
     seconds = time.perf_counter() - started
 
     # The saved adapter in a model built anew: the numbers that `unilora evaluate` will give.
-    saved, _ = load_classifier(output / "adapter", settings.model, settings.device)
-    scores = {"validation": score(saved, rows.validation), "test": score(saved, rows.test) if rows.test else None}
+    saved, _ = load_on(output / "adapter", settings.model, settings.device)
+    parts = {"validation": rows.validation, "test": rows.test}
+    scores = {name: saved.score(part) if part else None for name, part in parts.items()}
+    before: dict[str, Score | None] = {}
+    if settings.task == CAUSAL_LM:  # a classifier's head knows nothing before the training
+        with saved.adapter.disable():
+            before = {name: saved.score(part) if part else None for name, part in parts.items()}
     best = next(epoch for epoch in trainer.epochs if epoch["step"] == trainer.state.best_global_step)
     metrics = {
         "results": {
             "best_epoch": best["epoch"],
             "best_step": best["step"],
-            **{name: value.asdict() if value else None for name, value in scores.items()},
+            **_asdicts(scores),
+            **({"before": _asdicts(before), "data": rows.counts} if settings.task == CAUSAL_LM else {}),
             "epochs": trainer.epochs,
             "labels": rows.labels,
             "rows": {"training": len(rows.training), "validation": len(rows.validation), "test": len(rows.test)},
@@ -71,7 +91,8 @@ def train(settings: Settings, classifier: Classifier, rows: Rows, output: Path, 
         },
         "timing": {
             "training_seconds": seconds,
-            "samples_per_second": trainer.progress.rows_a_second,
+            "samples_per_second": trainer.progress.speed("samples"),
+            "tokens_per_second": trainer.progress.speed("tokens"),
             "resumed_from": None if resumed is None else resumed.name,
         },
         "environment": {
@@ -81,6 +102,7 @@ def train(settings: Settings, classifier: Classifier, rows: Rows, output: Path, 
             "python": platform.python_version(),
             "device": str(trainer.args.device),
             "threads": torch.get_num_threads(),
+            "processes": processes,
         },
     }
     metrics = json.loads(json.dumps(metrics))  # tuples become lists, as in the file
@@ -88,38 +110,54 @@ def train(settings: Settings, classifier: Classifier, rows: Rows, output: Path, 
     report.draw(metrics["results"], output / "report" / "report.png")
     # Last: its presence says that the run is complete.
     replace_file(output / "report" / "metrics.json", json.dumps(metrics, indent=2).encode() + b"\n")
-    _print_end(settings, output, best["epoch"], scores, metrics)
+    _print_end(settings, output, best["epoch"], scores, before, metrics)
     return metrics
 
 
-def _print_plan(settings: Settings, classifier: Classifier, rows: Rows, steps: int) -> None:
-    adapter = classifier.adapter
+def _asdicts(scores: dict[str, Score | None]) -> dict[str, dict[str, Any] | None]:
+    return {name: score.asdict() if score else None for name, score in scores.items()}
+
+
+def _print_plan(settings: Settings, task: TaskModel, rows: Rows, steps: int) -> None:
+    adapter = task.adapter
     head = sum(t.numel() for t in adapter.modules_to_save().values())
     names = adapter.config.target_modules
+    whole = f"; trained whole: {', '.join(adapter.config.modules_to_save)} ({head:,})" if head else ""
+    rates = f"{settings.lr_theta:g} (theta_d)" + (f" and {settings.lr_head:g} (head)" if head else "")
     print(
-        f"model     {settings.model} ({type(classifier.model).__name__})\n"
-        f"rows      {len(rows.training):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test\n"
-        f"labels    {', '.join(rows.labels[:8])}{', ...' if len(rows.labels) > 8 else ''}\n"
+        f"model     {settings.model} ({type(task.model).__name__})\n"
+        f"rows      {len(rows.training):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test"
+    )
+    for name, counts in rows.counts.items():
+        print(f"  {name:<10}  {describe(counts)}")
+    if rows.labels:
+        print(f"labels    {', '.join(rows.labels[:8])}{', ...' if len(rows.labels) > 8 else ''}")
+    print(
         f"adapter   {names if isinstance(names, str) else ', '.join(names)} in {len(adapter.layers)} modules, "
-        f"r = {adapter.config.r}: D = {adapter.projection.D:,} LoRA values from d = {adapter.config.d:,}; "
-        f"trained whole: {', '.join(adapter.config.modules_to_save)} ({head:,})\n"
-        f"training  {settings.epochs} epochs of {steps} steps of {settings.batch_size} rows, learning rates "
-        f"{settings.lr_theta:g} (theta_d) and {settings.lr_head:g} (head), seed {settings.seed}, "
-        f"on {device_of(settings.device)}",
+        f"r = {adapter.config.r}: D = {adapter.projection.D:,} LoRA values from d = {adapter.config.d:,}{whole}\n"
+        f"training  {settings.epochs} epochs of {steps} steps of {settings.batch_size} rows, learning rate"
+        f"{'s' if head else ''} {rates}, seed {settings.seed}, on {device_of(settings.device)}",
         flush=True,
     )
 
 
 def _print_end(
-    settings: Settings, output: Path, epoch: int, scores: dict[str, Score | None], metrics: dict[str, Any]
+    settings: Settings,
+    output: Path,
+    epoch: int,
+    scores: dict[str, Score | None],
+    before: dict[str, Score | None],
+    metrics: dict[str, Any],
 ) -> None:
     print(f"\nbest adapter: epoch {epoch}, in {output / 'adapter'}")
     for name, value in scores.items():
         if value is not None:
-            print(f"  {name:<10} accuracy {value.accuracy!r} ({value.correct} of {value.rows}), loss {value.loss!r}")
+            print(f"  {name:<10} {value.line()}")
+        if before.get(name) is not None:
+            print(f"  {'':<10} without it: {before[name].line()}")
     print(sizes.table(metrics["results"]["sizes"]))
     print(f"report: {output / 'report' / 'metrics.json'}, {output / 'report' / 'report.png'}")
-    data = settings.test or str(output / "validation.csv")
+    data = settings.test or str(output / settings.validation_file)
     print(
         "the same number in a new process:\n"
         f"  unilora evaluate --adapter {shlex.quote(str(output / 'adapter'))} --data {shlex.quote(data)}",
