@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import shlex
 import time
@@ -31,6 +32,8 @@ def command(arguments: Namespace) -> None:
     """Finetunes with the defaults, then fits the baseline on the same rows."""
     began = time.perf_counter()
     need("transformers", "accelerate", "matplotlib", "sklearn")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise CliError(f"WORLD_SIZE: expected one process for the demo, got {os.environ['WORLD_SIZE']}")
     model, reviews = _package_file(*MODEL), _package_file(*REVIEWS)
     output = Path(arguments.output)
     check_output(output, arguments.overwrite, [])

@@ -40,7 +40,9 @@ def evaluate(arguments: Namespace) -> None:
     if counts:
         print("data     " + describe(counts))
     if arguments.json is not None:
-        record = {"adapter": str(arguments.adapter), "data": str(arguments.data), **result.asdict(), **counts}
+        record = {"adapter": str(arguments.adapter), "data": str(arguments.data), **result.asdict()}
+        if counts:
+            record["records"] = counts
         write(arguments.json, json.dumps(record, indent=2) + "\n")
 
 

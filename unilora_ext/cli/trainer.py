@@ -7,14 +7,13 @@ what the whole step learns. Transformers divides by what each process holds, and
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -25,6 +24,7 @@ from unilora_ext.cli.encoding import IGNORED
 from unilora_ext.cli.errors import RunError
 from unilora_ext.cli.model import TaskModel, device_of
 from unilora_ext.cli.progress import Progress
+from unilora_ext.cli.sampling import LengthSampler, Shares, blank
 from unilora_ext.cli.settings import Settings
 
 __all__ = ["AdapterTrainer"]
@@ -60,7 +60,7 @@ class AdapterTrainer(Trainer):
         super().__init__(
             model=task.model,
             args=training_arguments(settings, folder, self.steps_an_epoch * settings.epochs),
-            train_dataset=[*examples, _blank(examples)],
+            train_dataset=[*examples, blank(examples)],
             eval_dataset=list(validation),
             data_collator=task.collator(),
         )
@@ -261,70 +261,3 @@ class _SaveBetweenEpochs(TrainerCallback):
         step = state.global_step
         if step % self.every == 0 and step % self.steps_an_epoch != 0:
             control.should_save = True
-
-
-class LengthSampler(Sampler[int]):
-    """Random batches of rows of like length, so that little is padding.
-
-    The order is a function of seed and epoch alone, which a resumed run needs.
-
-    Args:
-        lengths: of the rows, in tokens.
-        batch_size: rows a batch.
-        seed: of the order.
-        epoch: says the epoch that begins.
-    """
-
-    POOL = 50  # batches that are sorted together
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = random.Random(f"{self.seed}/{self.epoch()}")
-        order, size = list(range(len(self.lengths))), self.batch_size
-        generator.shuffle(order)
-        batches = []
-        for start in range(0, len(order), size * self.POOL):
-            pool = sorted(order[start : start + size * self.POOL], key=lambda i: -self.lengths[i])
-            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-        last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch stays the last one
-        generator.shuffle(batches)
-        return iter([i for batch in batches + last for i in batch])
-
-
-class Shares(Sampler[list[int]]):
-    """The batches of one process: its share of every step, in parts.
-
-    Every process has as many parts, and they are of like length. A part that the last, short step leaves empty is
-    the blank row, of which nothing is learnt.
-
-    Args:
-        order: of the rows.
-        parts: of a process's share of a step.
-        blank: number of the blank row.
-    """
-
-    def __init__(self, order: LengthSampler, parts: int, blank: int) -> None:
-        self.order, self.parts, self.blank = order, parts, blank
-
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.order.batch_size) * self.parts
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rows, size, processes = list(self.order), self.order.batch_size, distributed.world_size()
-        for start in range(0, len(rows), size):
-            step = rows[start : start + size]
-            for part in range(self.parts):
-                first = part * processes + distributed.rank()
-                yield step[first :: processes * self.parts] or [self.blank]
-
-
-def _blank(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The shortest example with nothing to learn in it."""
-    shortest = min(examples, key=lambda example: len(example["input_ids"]))
-    labels = shortest["labels"]
-    return {**shortest, "labels": IGNORED if isinstance(labels, int) else [IGNORED] * len(labels)}
