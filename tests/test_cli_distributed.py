@@ -31,7 +31,7 @@ def without_dropout(folder):
     path.write_text(json.dumps({**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
 
 
-@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
+@pytest.mark.parametrize("task", ["causal-lm", pytest.param("sequence-classification", marks=pytest.mark.slow)])
 def test_two_processes_give_the_adapter_of_one(tmp_path, task):
     """Of 45 rows, the last step of 8 has 5, or 1 where two processes work in two parts."""
     if task == "causal-lm":

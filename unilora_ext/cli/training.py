@@ -20,7 +20,7 @@ from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.model import Score, TaskModel, device_of
 from unilora_ext.cli.predict import describe
 from unilora_ext.cli.settings import CAUSAL_LM, Settings
-from unilora_ext.cli.tasks import TASKS, load_on
+from unilora_ext.cli.tasks import TASKS
 from unilora_ext.cli.trainer import AdapterTrainer
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def train(settings: Settings, task: TaskModel, rows: Rows, output: Path, started
     trainer.load_best()
     seconds = time.perf_counter() - started
 
-    # The saved adapter in a model built anew: the numbers that `unilora evaluate` will give.
-    saved, _ = load_on(output / "adapter", settings.model, settings.device)
+    # The saved file around the base model as it was before: the numbers that `unilora evaluate` will give, with no
+    # second model in memory.
+    saved = replace(task, adapter=ul.load(task.adapter.detach(), output / "adapter"))
     parts = {"validation": rows.validation, "test": rows.test}
     scores = {name: saved.score(part) if part else None for name, part in parts.items()}
     before: dict[str, Score | None] = {}
