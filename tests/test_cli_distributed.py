@@ -11,6 +11,7 @@ from test_cli_data import write_model, write_rows
 
 import unilora_ext as ul
 from unilora_ext.cli import main
+from unilora_ext.cli.conversations import read_conversations
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -64,6 +65,45 @@ def test_two_processes_give_the_adapter_of_one(tmp_path, task):
     again.unlink()  # as if killed before the report: it goes on from the last checkpoint, here on one process
     assert main(["finetune", "--resume", f"{tmp_path}/two"]) == 0
     assert json.loads(again.read_text())["results"]["validation"] == pytest.approx(two["results"]["validation"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shares_of_a_step_add_up_to_its_gradient(tmp_path, monkeypatch, processes):
+    """Every row once, and the mean over the processes is the gradient of the mean over all tokens."""
+    from unilora_ext.cli import distributed
+    from unilora_ext.cli.settings import Settings
+    from unilora_ext.cli.tasks import TASKS
+    from unilora_ext.cli.trainer import AdapterTrainer
+
+    write_decoder(tmp_path / "tiny")
+    settings = Settings(
+        model=f"{tmp_path}/tiny", data="-", task="causal-lm", d=50, batch_size=8, gradient_accumulation=2, device="cpu"
+    )
+    task = TASKS["causal-lm"].new(settings)
+    records = write_records(tmp_path / "rows.jsonl", 13)
+    rows, _ = task.ready(read_conversations(records, "text"))
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    trainer = AdapterTrainer(task, rows, rows[:1], settings, {}, tmp_path / "adapter", tmp_path / "checkpoints")
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(list(trainer.get_train_dataloader()))
+        assert len(shares[-1]) == 4  # two steps of two parts
+    for step in range(2):
+        parts = [batch for share in shares for batch in share[2 * step : 2 * step + 2]]
+        learnt = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in parts)
+        assert sum(int((batch["labels"] != -100).any(1).sum()) for batch in parts) == (8, 5)[step]
+        task.adapter.theta_d.grad = None
+        for batch in parts:
+            (trainer.compute_loss(task.model, batch, num_items_in_batch=learnt) / processes).backward()
+        theirs, task.adapter.theta_d.grad = task.adapter.theta_d.grad, None
+        losses = []
+        for batch in parts:
+            labels = batch.pop("labels")
+            logits = task.model(**batch).logits[:, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits.mT, labels[:, 1:], reduction="sum"))
+        (sum(losses) / learnt).backward()
+        torch.testing.assert_close(theirs, task.adapter.theta_d.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_one_process_tells_the_error(tmp_path):

@@ -231,4 +231,5 @@ def _is_causal(model: nn.Module) -> bool:
     changed = tokens.clone()
     changed[-1] = 0
     one, other = (model(input_ids=ids[None], use_cache=False).logits[0, :-1].float() for ids in (tokens, changed))
-    return bool((one - other).abs().max() <= torch.finfo(model.dtype).eps ** 0.5 * one.abs().max())
+    rounding = 1e-5 if model.dtype == torch.float32 else 2e-2  # of another order of sums, in a mixture of experts
+    return bool((one - other).abs().max() <= rounding * one.abs().max())

@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         "fine-tune a Transformers encoder for text classification, or a causal language model",
         "Writes into --output: adapter/ (the best one), report/ (metrics.json, report.png), checkpoints/, run.json, "
         "validation.csv (.jsonl). An interrupted run goes on with 'unilora finetune --resume FOLDER'. On several "
-        "processes: torchrun --nproc-per-node N -m unilora_ext finetune ...",
+        "processes: torchrun --nproc-per-node N -m -- unilora_ext finetune ...",
     )
     _add_settings(finetune)
     finetune.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with this run")
