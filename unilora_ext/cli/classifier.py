@@ -14,7 +14,7 @@ from transformers import DataCollatorWithPadding
 
 from unilora_ext.cli.data import Row
 from unilora_ext.cli.errors import CliError
-from unilora_ext.cli.model import Score, TaskModel, attach, base_digest, check_base, first_line, quiet_bars
+from unilora_ext.cli.model import Score, TaskModel, attach, check_base, first_line, quiet_bars
 from unilora_ext.cli.packages import model_path
 from unilora_ext.cli.settings import CLASSIFICATION, Settings
 
@@ -71,13 +71,9 @@ class Classifier(TaskModel):
 
     def metadata(self, settings: Settings) -> dict[str, Any]:
         return {
-            "task": self.task,
-            "base_model": settings.model,
-            "base_digest": base_digest(self.adapter),
+            **super().metadata(settings),
             "labels": list(self.labels),
-            "max_length": self.max_length,
             "batch_size": EVALUATION_BATCH,
-            "text_column": settings.text_column,
             "label_column": settings.label_column,
         }
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from unilora_ext.cli.conversations import Record
 from unilora_ext.cli.encoding import IGNORED, encode, pad
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.model import Score, TaskModel, attach, base_digest, check_base, first_line, quiet_bars
+from unilora_ext.cli.model import Score, TaskModel, attach, check_base, first_line, quiet_bars
 from unilora_ext.cli.packages import model_path
 from unilora_ext.cli.settings import CAUSAL_LM, Settings
 
@@ -62,14 +62,7 @@ class Decoder(TaskModel):
         return {"model": model, "tokenizer": tokenizer, "max_length": max_length}
 
     def metadata(self, settings: Settings) -> dict[str, Any]:
-        return {
-            "task": self.task,
-            "base_model": settings.model,
-            "base_digest": base_digest(self.adapter),
-            "dtype": settings.dtype,
-            "max_length": self.max_length,
-            "text_column": settings.text_column,
-        }
+        return {**super().metadata(settings), "dtype": settings.dtype}
 
     @property
     def pad_id(self) -> int:

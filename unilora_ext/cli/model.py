@@ -79,9 +79,15 @@ class TaskModel(ABC):
     def restored(cls, base: str, facts: dict[str, Any]) -> dict[str, Any]:
         """The attributes, but for the adapter, that an adapter file's metadata asks for around `base`."""
 
-    @abstractmethod
     def metadata(self, settings: Settings) -> dict[str, Any]:
-        """What an adapter file must say so that other commands need nothing else."""
+        """What an adapter file must say so that other commands need nothing else; a task adds its own."""
+        return {
+            "task": self.task,
+            "base_model": settings.model,
+            "base_digest": base_digest(self.adapter),
+            "max_length": self.max_length,
+            "text_column": settings.text_column,
+        }
 
     @abstractmethod
     def ready(self, rows: Sequence[Any]) -> tuple[list[Any], dict[str, int]]:
