@@ -65,11 +65,13 @@ def dense_update(model: nn.Module, adapter) -> dict[str, torch.Tensor]:
     theta_D = P.dense() @ adapter.theta_d.detach().double().cpu()
     updates, start = {}, 0
     for name, layer in adapter.layers.items():
-        m, n = layer.dense_weight().shape
-        B = theta_D[start : start + m * config.r].view(m, config.r)
-        start += m * config.r
-        A = theta_D[start : start + config.r * n].view(config.r, n)
-        start += config.r * n
+        (m, n), r = layer.dense_weight().shape, config.r
+        part = theta_D[start : start + (m + n) * r]
+        start += (m + n) * r
+        flat_A, flat_B = (
+            (part[: r * n], part[r * n :]) if config.projection == "peft" else (part[m * r :], part[: m * r])
+        )
+        A, B = flat_A.view(r, n), flat_B.view(m, r)
         updates[name] = config.scaling * B @ A
     assert start == P.D
     return updates

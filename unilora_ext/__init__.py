@@ -15,7 +15,7 @@ from unilora_ext.config import UniLoRAConfig, default_d
 from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
 from unilora_ext.linear import UniLoRALinear
 from unilora_ext.ops import lora_linear
-from unilora_ext.projections import BalancedProjection, OneHotProjection, Projection, UniformProjection
+from unilora_ext.projections import BalancedProjection, OneHotProjection, PeftProjection, Projection, UniformProjection
 from unilora_ext.shared_vector import SharedVector
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "AttachError",
     "BalancedProjection",
     "OneHotProjection",
+    "PeftProjection",
     "Projection",
     "SharedVector",
     "UniLoRAConfig",

@@ -97,7 +97,7 @@ def _attach(
     """The change itself; nothing in it can fail for a reason that plan() has not excluded."""
     slots: list[Slot] = []
     for target in targets:
-        slots.append(Slot(slots[-1].stop if slots else 0, target.m, target.n, config.r))
+        slots.append(Slot(slots[-1].stop if slots else 0, target.m, target.n, config.r, projection.a_first))
     vector = SharedVector(theta_d, projection, slots)
     attachment = Attachment(
         config=config,

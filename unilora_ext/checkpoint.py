@@ -40,7 +40,10 @@ __all__ = ["AdapterFile", "load", "read", "save"]
 ENTRY = "adapter.json"
 FORMAT = "unilora_ext adapter"
 FORMAT_VERSION = 1
-LAYOUT = "per module in named_modules order: vec_row(B [m, r]), vec_row(A [r, n])"
+LAYOUTS = {  # by Projection.a_first
+    False: "per module in named_modules order: vec_row(B [m, r]), vec_row(A [r, n])",
+    True: "per module in named_modules order: vec_row(A [r, n]), vec_row(B [m, r])",
+}
 _TENSOR_FILES = ("theta_d", "modules_to_save")
 
 
@@ -94,7 +97,7 @@ def save(adapter: Adapter, folder: str | Path, metadata: dict[str, Any] | None =
         "D": projection.D,
         "r": config.r,
         "scaling": config.scaling,
-        "layout": LAYOUT,
+        "layout": LAYOUTS[projection.a_first],
         "modules": modules,
         "fingerprint": _digest(modules),
         "config": asdict(config),
@@ -199,12 +202,12 @@ def _read_config(folder: Path, record: dict[str, Any]) -> UniLoRAConfig:
     try:
         config = UniLoRAConfig(**record["config"])
         projection, modules = record["projection"], record["modules"]
-        version = projection_class(projection["name"]).version
+        algorithm = projection_class(projection["name"])
         agree = {
-            "projection.version": (projection["version"], version),
+            "projection.version": (projection["version"], algorithm.version),
             "projection.name": (projection["name"], config.projection),
             "projection.seed": (projection["seed"], config.seed),
-            "layout": (record["layout"], LAYOUT),
+            "layout": (record["layout"], LAYOUTS[algorithm.a_first]),
             "d": (record["d"], config.d),
             "r": (record["r"], config.r),
             "scaling": (record["scaling"], config.scaling),

@@ -6,7 +6,7 @@ layer, say) computes y = x W^T + b in its own way, and the update is added to th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from typing import Any, ClassVar
@@ -184,7 +184,8 @@ class UniLoRALinear(UniLoRALayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         r: rank.
         d: length of theta_d; None: the paper's ratio D / d, D = (in_features + out_features) r.
-        projection: ``"uniform"`` or ``"balanced"``, or a :class:`~unilora_ext.projections.Projection` of D rows.
+        projection: ``"uniform"``, ``"balanced"`` or ``"peft"``, or a :class:`~unilora_ext.projections.Projection` of D
+            rows.
         seed: of the projection.
         alpha: s = alpha / r; None: s = 1.
         dropout: on the LoRA path, in training.
@@ -250,7 +251,7 @@ class UniLoRALinear(UniLoRALayer, nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         theta_d = initial_theta_d(projection.d, self.weight, init_bound)
-        self.vector = SharedVector(theta_d, projection, [slot])
+        self.vector = SharedVector(theta_d, projection, [replace(slot, a_first=projection.a_first)])
         self._unilora = LayerState(self.vector, 0, config.scaling, config.dropout)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,28 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a layer's factors lie in theta_D: vec_row(B [m, r]), then vec_row(A [r, n]) (paper, section 3.1)."""
+    """Where a layer's factors lie in theta_D: vec_row(B [m, r]), then vec_row(A [r, n]) (paper, section 3.1), or A
+    before B (PEFT)."""
 
     start: int
     m: int
     n: int
     r: int
+    a_first: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return (self.m, self.r), (self.r, self.n)
+        """Of the two factors as they lie in theta_D."""
+        A, B = (self.r, self.n), (self.m, self.r)
+        return (A, B) if self.a_first else (B, A)
 
     @property
     def stop(self) -> int:
         return self.start + (self.m + self.n) * self.r
+
+    def factors(self, first: Tensor, second: Tensor) -> Factors:
+        """(A, B) from the two as they lie in theta_D."""
+        return (first, second) if self.a_first else (second, first)
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,10 @@ class SharedVector(nn.Module):
         enabled: whether the layers add their update.
     """
 
-    def __init__(self, theta_d: Tensor, projection: Projection, slots: Sequence[Slot]) -> None:
+    def __init__(self, theta_d: Tensor | None, projection: Projection, slots: Sequence[Slot]) -> None:
         super().__init__()
-        self.theta_d = nn.Parameter(theta_d)
+        if theta_d is not None:  # None: a subclass finds it elsewhere
+            self.theta_d = nn.Parameter(theta_d)
         self.projection = projection
         self.slots = tuple(slots)
         self.enabled = True
@@ -103,7 +112,8 @@ class SharedVector(nn.Module):
     def _project(self, group: _DeviceGroup, device: torch.device, dtype: torch.dtype) -> dict[int, Factors]:
         shapes = [shape for i in group.slot_ids for shape in self.slots[i].shapes]
         factors = ops.project_factors(self.theta_d.to(device), group.rows, shapes, dtype)
-        return {i: (A, B) for i, B, A in zip(group.slot_ids, factors[::2], factors[1::2], strict=True)}
+        pairs = zip(group.slot_ids, factors[::2], factors[1::2], strict=True)
+        return {i: self.slots[i].factors(first, second) for i, first, second in pairs}
 
     def _traced_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """:meth:`factors` in a graph that torch.compile or torch.export traces. Where the graph is that of the whole
@@ -121,7 +131,9 @@ class SharedVector(nn.Module):
                 dtype,
             )
             first = 0 if whole else slot_id
-            step[key] = {first + k: (factors[2 * k + 1], factors[2 * k]) for k in range(len(slots))}
+            step[key] = {
+                first + k: slot.factors(*factors[2 * k : 2 * k + 2]) for k, slot in enumerate(slots)
+            }
         return step[key][slot_id]
 
     def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:
@@ -132,16 +144,21 @@ class SharedVector(nn.Module):
 
     def _group_by_device(self, model: nn.Module) -> dict[torch.device, _DeviceGroup]:
         members: dict[torch.device, list[int]] = {}
-        for module in model.modules():
-            state = module.__dict__.get("_unilora")
-            if state is not None and state.vector is self:
-                members.setdefault(module.factors_like()[0], []).append(state.slot_id)
+        for slot_id, device in self._places(model):
+            members.setdefault(device, []).append(slot_id)
         groups = {}
         for device, slot_ids in members.items():
             slot_ids.sort()
             ranges = _joined([(self.slots[i].start, self.slots[i].stop) for i in slot_ids])
             groups[device] = _DeviceGroup(tuple(slot_ids), self.projection.rows(device, ranges))
         return groups
+
+    def _places(self, model: nn.Module) -> Iterator[tuple[int, torch.device]]:
+        """(slot, device) of this vector's layers in `model`."""
+        for module in model.modules():
+            state = module.__dict__.get("_unilora")
+            if state is not None and state.vector is self:
+                yield state.slot_id, module.factors_like()[0]
 
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------
 

@@ -108,7 +108,12 @@ class Settings:
         "names",
         bool,
     )
-    projection: str = _option("uniform", str, "uniform (the paper's) or balanced", **_one_of("uniform", "balanced"))
+    projection: str = _option(
+        "uniform",
+        str,
+        "uniform (the paper's), balanced or peft (PEFT's index)",
+        **_one_of("uniform", "balanced", "peft"),
+    )
     alpha: float | None = _option(None, float, "the update is scaled by alpha / r (without it, by 1)", **_positive())
     dropout: float = _option(0.0, float, "dropout of the LoRA path's input", **_FRACTION)
     best: str = _option(

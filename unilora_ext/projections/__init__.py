@@ -4,12 +4,14 @@ from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections.balanced import BalancedProjection
 from unilora_ext.projections.base import Projection, SeededProjection
 from unilora_ext.projections.onehot import OneHotProjection
+from unilora_ext.projections.peft import PeftProjection
 from unilora_ext.projections.rows import Rows
 from unilora_ext.projections.uniform import UniformProjection
 
 __all__ = [
     "BalancedProjection",
     "OneHotProjection",
+    "PeftProjection",
     "Projection",
     "Rows",
     "UniformProjection",
@@ -17,7 +19,9 @@ __all__ = [
     "projection_class",
 ]
 
-_BY_NAME: dict[str, type[SeededProjection]] = {cls.name: cls for cls in (UniformProjection, BalancedProjection)}
+_BY_NAME: dict[str, type[SeededProjection]] = {
+    cls.name: cls for cls in (UniformProjection, BalancedProjection, PeftProjection)
+}
 
 
 def projection_class(name: str) -> type[SeededProjection]:

@@ -28,12 +28,14 @@ class Projection(ABC):
     Attributes:
         name: name of the index algorithm in an adapter file.
         version: version of the index algorithm in an adapter file.
+        a_first: whether each layer's A lies before its B in theta_D (PEFT), not after it (paper).
         D: number of rows, the length of theta_D.
         d: number of columns, the length of theta_d.
     """
 
     name: str
     version: int
+    a_first = False
 
     def __init__(self, D: int, d: int) -> None:
         limit = _C.max_elements
@@ -160,12 +162,15 @@ class SeededProjection(Projection):
         self.seed, self.materialize = seed, materialize
 
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-        if not 0 <= start <= stop <= self.D:
-            raise UniLoRAError(f"{self}: rows: expected 0 <= start <= stop <= {self.D}, got {start}, {stop}")
+        self._check_range(start, stop)
         index = torch.empty(stop - start, dtype=torch.int32, device=device)
         if not index.is_meta:
             self._fill(index, start)
         return index
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.D:
+            raise UniLoRAError(f"{self}: rows: expected 0 <= start <= stop <= {self.D}, got {start}, {stop}")
 
     @abstractmethod
     def _fill(self, index: Tensor, start: int) -> None:
