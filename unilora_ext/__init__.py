@@ -8,6 +8,7 @@
 >>> adapter.save("adapter")
 """
 
+from unilora_ext import integrations
 from unilora_ext._native import _C
 from unilora_ext.adapter import Adapter, attach, get_adapter
 from unilora_ext.checkpoint import AdapterFile, load, read
@@ -36,6 +37,7 @@ __all__ = [
     "attach",
     "default_d",
     "get_adapter",
+    "integrations",
     "load",
     "lora_linear",
     "read",

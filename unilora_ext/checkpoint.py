@@ -263,15 +263,15 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
         saved = saved_tensors(model, config)
     except UniLoRAError as error:
         raise type(error)(f"{file.folder}: does not fit this {type(model).__name__}: {error}") from error
-    _check_same(
-        file,
+    check_same(
+        file.folder,
         "adapted modules",
         dict((n, [m, k]) for n, m, k in file.modules),
         {t.name: [t.m, t.n] for t in targets},
     )
     if list(file.modules) != [(t.name, t.m, t.n) for t in targets]:
         raise AdapterFileError(f"{file.folder}: the model has the adapter's modules in another order")
-    _check_same(file, "modules_to_save", _shapes(file.modules_to_save), _shapes(saved))
+    check_same(file.folder, "modules_to_save", shapes_of(file.modules_to_save), shapes_of(saved))
 
     held = targets[0].held()
     device = torch.device("cpu") if held.is_meta else held.device
@@ -282,11 +282,16 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     return adapter
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(t.shape) for name, t in tensors.items()}
 
 
-def _check_same(file: AdapterFile, what: str, stored: dict[str, list[int]], found: dict[str, list[int]]) -> None:
+def check_same(folder: Path, what: str, stored: dict[str, list[int]], found: dict[str, list[int]]) -> None:
+    """Compares shapes by name, of a folder and of a model.
+
+    Raises:
+        AdapterFileError: a list of the differences.
+    """
     differences = [
         f"'{name}': in the adapter {shape}, not in the model" for name, shape in stored.items() if name not in found
     ]
@@ -300,4 +305,4 @@ def _check_same(file: AdapterFile, what: str, stored: dict[str, list[int]], foun
     ]
     if differences:
         shown = "\n  ".join(differences[:20]) + ("\n  ..." if len(differences) > 20 else "")
-        raise AdapterFileError(f"{file.folder}: {what} differ in {len(differences)} places:\n  {shown}")
+        raise AdapterFileError(f"{folder}: {what} differ in {len(differences)} places:\n  {shown}")

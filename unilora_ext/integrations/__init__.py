@@ -1,0 +1,3 @@
+"""What ties this package to others. Nothing here is imported before it is used."""
+
+from unilora_ext.integrations import peft as peft

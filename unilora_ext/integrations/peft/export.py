@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,9 +15,10 @@ from unilora_ext.adapter import Adapter
 from unilora_ext.checkpoint import replace_file
 from unilora_ext.ops import accumulator_dtype
 
-__all__ = ["export_lora"]
+__all__ = ["PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What PEFT puts before a tensor's name in the model."""
 
 
 def export_lora(adapter: Adapter, folder: str | Path) -> None:
@@ -25,28 +28,61 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
         adapter: attached, merged or not.
         folder: gets ``adapter_model.safetensors`` (``<module>.lora_A.weight`` [r, n], ``<module>.lora_B.weight``
             [m, r], float32, and modules_to_save) and ``adapter_config.json`` (lora_alpha = scaling r).
+
+    PEFT loads all of it. vLLM and llama.cpp's converter refuse an adapter with modules_to_save.
     """
     config, tensors = adapter.config, {}
     with torch.no_grad():
         for name, layer in adapter.layers.items():
             A, B = layer.lora_factors(accumulator_dtype(layer.factors_like()[1]))
-            tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = A, B
+            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
     for name, tensor in adapter.modules_to_save().items():
-        tensors[_PREFIX + name] = tensor
-    stored_transposed = any(layer.fan_in_fan_out for layer in adapter.layers.values())
+        tensors[PREFIX + name] = tensor
     record = {
+        **common_record(adapter),
         "peft_type": "LORA",
-        "base_model_name_or_path": getattr(getattr(adapter.model, "config", None), "_name_or_path", None),
-        "r": config.r,
         "lora_alpha": config.scaling * config.r,
         "lora_dropout": config.dropout,
+    }
+    write_folder(folder, record, tensors)
+
+
+def common_record(adapter: Adapter) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of every kind of adapter."""
+    config, model = adapter.config, adapter.model
+    return {
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "r": config.r,
         "bias": "none",
-        "fan_in_fan_out": stored_transposed,
-        "target_modules": list(adapter.layers),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers.values()),
+        "target_modules": exact_targets(model, list(adapter.layers)),
         "modules_to_save": list(config.modules_to_save) or None,
-        "task_type": _task_type(adapter.model),
+        "task_type": _task_type(model),
         "inference_mode": True,
     }
+
+
+def exact_targets(model: torch.nn.Module, names: list[str]) -> list[str] | str:
+    """target_modules that match these full names and no others: the names, or, since a name matches as an ending too,
+    a regular expression where one of them is the ending of another module's name."""
+    chosen = set(names)
+    others = (name for name, _ in model.named_modules() if name and name not in chosen)
+    if any(_has_ending(other, chosen) for other in others):
+        return "|".join(map(re.escape, names))
+    return names
+
+
+def _has_ending(name: str, endings: set[str]) -> bool:
+    """Whether what follows one of the dots in `name` is in `endings`."""
+    while "." in name:
+        name = name.partition(".")[2]
+        if name in endings:
+            return True
+    return False
+
+
+def write_folder(folder: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes ``adapter_model.safetensors``, then ``adapter_config.json``, each in one step."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "adapter_model.safetensors", safetensors.torch.save(_plain(tensors), {"format": "pt"}))
