@@ -273,6 +273,8 @@ def test_an_index_of_its_own_is_loaded(tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     fast(x)
     peft.set_peft_model_state_dict(fast, tensors)
+    for ours, theirs in zip(accelerated_layers(fast).values(), accelerated_layers(other).values(), strict=True):
+        torch.testing.assert_close(ours.get_delta_weight("default"), theirs.get_delta_weight("default"))
     torch.testing.assert_close(fast(x), other(x), rtol=1e-4, atol=1e-5)
     save_file({k: v + 1 if "scales" in k else v for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors")
     broken = peft.PeftModel.from_pretrained(base, tmp_path)
@@ -292,10 +294,11 @@ def test_moves_and_casts():
         assert_same(change(plain), change(fast), x)
 
 
-def test_a_base_layer_with_a_hook_is_called(monkeypatch):
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_base_layer_with_a_hook_is_called(monkeypatch, register):
     plain, fast = pair()
     seen, x = [], tokens()
-    fast.base_model.model.blocks[1].up.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    getattr(fast.base_model.model.blocks[1].up.base_layer, register)(lambda *_: seen.append(1))
     assert fused(fast, monkeypatch, x)[1] == 5 and seen
     assert_same(plain, fast, x)
 
