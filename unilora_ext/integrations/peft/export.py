@@ -38,10 +38,11 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
     for name, tensor in adapter.modules_to_save().items():
         tensors[PREFIX + name] = tensor
+    alpha = config.r if config.alpha is None else config.alpha
     record = {
         **common_record(adapter),
         "peft_type": "LORA",
-        "lora_alpha": config.scaling * config.r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # PEFT and vLLM declare an integer
         "lora_dropout": config.dropout,
     }
     write_folder(folder, record, tensors)
