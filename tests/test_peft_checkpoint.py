@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -169,6 +170,18 @@ def test_to_peft_refuses(tmp_path, changes, message):
     with pytest.raises(ul.UniLoRAError, match=message):
         to_peft(adapter, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_without_peft(monkeypatch, tmp_path):
+    adapter = ul.attach(Tower(), our_config())
+    saved_by_peft(Tower(), tmp_path)
+    monkeypatch.setitem(sys.modules, "peft.tuners.unilora", None)
+    with pytest.raises(ul.UniLoRAError, match=r"expected the package peft, 0\.21 or later"):
+        from_peft(Tower(), tmp_path)
+    with pytest.raises(ul.UniLoRAError, match="expected the package peft"):
+        _ = ul.integrations.peft.accelerate
+    to_peft(adapter, tmp_path / "out")
+    adapter.export_lora(tmp_path / "lora")
 
 
 def test_from_peft_refuses_and_leaves_the_model(tmp_path):

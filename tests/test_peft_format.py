@@ -75,6 +75,7 @@ def test_gpt2_conv1d(tmp_path, merged):
     if merged:
         adapter.merge()
     adapter.export_lora(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
     torch.testing.assert_close(theirs(x).logits, y, rtol=1e-4, atol=1e-4)
 

@@ -10,7 +10,7 @@
 
 from typing import Any
 
-from unilora_ext.integrations.peft.checkpoint import from_peft, to_peft
+from unilora_ext.integrations.peft.checkpoint import from_peft, need_peft, to_peft
 from unilora_ext.integrations.peft.export import export_lora
 
 __all__ = ["accelerate", "accelerated_layers", "export_lora", "from_peft", "to_peft"]
@@ -18,6 +18,7 @@ __all__ = ["accelerate", "accelerated_layers", "export_lora", "from_peft", "to_p
 
 def __getattr__(name: str) -> Any:
     if name in ("accelerate", "accelerated_layers"):  # subclasses of PEFT's classes: PEFT is imported with them
+        need_peft()
         from unilora_ext.integrations.peft import acceleration
 
         return getattr(acceleration, name)

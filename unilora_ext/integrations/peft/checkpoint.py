@@ -80,6 +80,7 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
         AdapterFileError: the folder is incomplete or damaged, not of a UniLora, or of what has no counterpart here
             (trained biases, an index other than the seed's), or its tensors are not those of the model's modules.
         AttachError: the model has no such modules, or they cannot be adapted.
+        UniLoRAError: PEFT is missing or too old.
         In every case the model is unchanged.
     """
     folder = Path(folder)
@@ -109,8 +110,21 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
     return adapter
 
 
+def need_peft() -> None:
+    """Checks that PEFT is installed and has UniLora.
+
+    Raises:
+        UniLoRAError: it is not, or it has none.
+    """
+    try:
+        import peft.tuners.unilora  # noqa: F401
+    except ImportError as error:
+        raise UniLoRAError(f"expected the package peft, 0.21 or later, got none or an older one ({error})") from error
+
+
 def _read_config(folder: Path) -> Any:
     """A ``peft.UniLoraConfig``."""
+    need_peft()
     import peft
 
     path = folder / "adapter_config.json"
