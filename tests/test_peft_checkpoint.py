@@ -158,6 +158,23 @@ def test_a_name_that_ends_another_is_written_exactly(tmp_path):
     assert torch.equal(plain(x), model(x))
 
 
+def test_a_layer_of_two_names_is_refused(tmp_path):
+    """PEFT replaces it under the first name; attach changes the layer itself, so its second use too."""
+    model = nn.Sequential()
+    model.add_module("up", nn.Linear(6, 6))
+    model.add_module("again", model.up)
+    saved_by_peft(model, tmp_path / "theirs", target_modules=["up"], theta_d_length=10)
+    before = snapshot(model)
+    with pytest.raises(ul.UniLoRAError, match="theirs: does not fit.*'up': expected a layer of one name.*'again'"):
+        from_peft(model, tmp_path / "theirs")
+    assert_unchanged(model, before)
+    adapter = ul.attach(model, our_config(target_modules=["up"], d=10))
+    for write in (to_peft, ul.Adapter.export_lora):
+        with pytest.raises(ul.UniLoRAError, match="expected a layer of one name"):
+            write(adapter, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

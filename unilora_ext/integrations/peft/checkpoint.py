@@ -36,7 +36,8 @@ def to_peft(adapter: Adapter, folder: str | Path) -> None:
 
     Raises:
         UniLoRAError: another projection, or a scaling other than 1: PEFT's UniLora has neither, but
-            ``adapter.export_lora`` writes such an adapter as plain LoRA. Nothing is written.
+            ``adapter.export_lora`` writes such an adapter as plain LoRA. Or a layer is used under two names. Nothing
+            is written.
     """
     config = adapter.config
     if config.projection != "peft":
@@ -80,7 +81,7 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
         AdapterFileError: the folder is incomplete or damaged, not of a UniLora, or of what has no counterpart here
             (trained biases, an index other than the seed's), or its tensors are not those of the model's modules.
         AttachError: the model has no such modules, or they cannot be adapted.
-        UniLoRAError: PEFT is missing or too old.
+        UniLoRAError: PEFT is missing or too old, or a layer is used under two names.
         In every case the model is unchanged.
     """
     folder = Path(folder)

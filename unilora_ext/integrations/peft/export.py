@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unilora_ext.adapter import Adapter
 from unilora_ext.checkpoint import replace_file
+from unilora_ext.errors import UniLoRAError
 from unilora_ext.ops import accumulator_dtype
 
 __all__ = ["PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
@@ -28,6 +29,9 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
         adapter: attached, merged or not.
         folder: gets ``adapter_model.safetensors`` (``<module>.lora_A.weight`` [r, n], ``<module>.lora_B.weight``
             [m, r], float32, and modules_to_save) and ``adapter_config.json`` (lora_alpha = scaling r).
+
+    Raises:
+        UniLoRAError: a layer is used under two names; nothing is written.
 
     PEFT loads all of it. vLLM and llama.cpp's converter refuse an adapter with modules_to_save.
     """
@@ -65,8 +69,19 @@ def common_record(adapter: Adapter) -> dict[str, Any]:
 
 def exact_targets(model: torch.nn.Module, names: list[str]) -> list[str] | str:
     """target_modules that match these full names and no others: the names, or, since a name matches as an ending too,
-    a regular expression where one of them is the ending of another module's name."""
+    a regular expression where one of them is the ending of another module's name.
+
+    Raises:
+        UniLoRAError: a layer is used under two names. PEFT replaces it under one of them; here both are adapted.
+    """
     chosen = set(names)
+    adapted = {id(model.get_submodule(name)): name for name in names}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if adapted.get(id(module), name) != name:
+            raise UniLoRAError(
+                f"'{adapted[id(module)]}': expected a layer of one name, since PEFT adapts it under one name only; "
+                f"got one that is '{name}' too"
+            )
     others = (name for name, _ in model.named_modules() if name and name not in chosen)
     if any(_has_ending(other, chosen) for other in others):
         return "|".join(map(re.escape, names))
