@@ -136,7 +136,7 @@ def test_arguments_of_the_wrong_kind():
         (dict(alpha="8"), "alpha: expected a number or None, got '8'"),
         (dict(dropout=1.0), r"dropout: expected a number in \[0, 1\), got 1\.0"),
         (dict(init_bound=0.0), r"init_bound: expected a number > 0, got 0\.0"),
-        (dict(projection="unifrom"), r"projection: expected one of \['balanced', 'uniform'\], got 'unifrom'"),
+        (dict(projection="unifrom"), r"projection: expected one of \['balanced', 'peft', 'uniform'\], got 'unifrom'"),
         (dict(target_modules=[]), "target_modules: expected at least one name"),
         (dict(target_modules=["q", 3]), "target_modules: expected a list of module names"),
         (

@@ -165,7 +165,7 @@ def test_a_layer_of_two_names_is_refused(tmp_path):
     model.add_module("again", model.up)
     saved_by_peft(model, tmp_path / "theirs", target_modules=["up"], theta_d_length=10)
     before = snapshot(model)
-    with pytest.raises(ul.UniLoRAError, match="theirs: does not fit.*'up': expected a layer of one name.*'again'"):
+    with pytest.raises(ul.UniLoRAError, match=r"theirs: does not fit.*'up': expected a layer of one name.*'again'"):
         from_peft(model, tmp_path / "theirs")
     assert_unchanged(model, before)
     adapter = ul.attach(model, our_config(target_modules=["up"], d=10))
