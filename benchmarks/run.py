@@ -3,7 +3,8 @@
 
     python benchmarks/run.py [projection lora_linear attach step quantised] [--device cpu] [--seconds 3] [--threads 1 2]
 
-All of it takes under ten minutes on two cores. The rivals need peft; the 4-bit base needs bitsandbytes and the demo's data. ``unilora bench`` is the same from a source checkout.
+All of it takes under ten minutes on two cores. The rivals need peft; the 4-bit base needs bitsandbytes and the demo's
+data. ``unilora bench`` is the same from a source checkout.
 """
 
 from __future__ import annotations

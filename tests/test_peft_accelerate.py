@@ -71,8 +71,8 @@ def test_one_projection_for_all_layers(monkeypatch):
     from unilora_ext import ops
 
     _, fast = pair()
-    calls, project = [], ops.project
-    monkeypatch.setattr(ops, "project", lambda *args: calls.append(0) or project(*args))
+    calls, project = [], ops.project_factors
+    monkeypatch.setattr(ops, "project_factors", lambda *args: calls.append(0) or project(*args))
     fast(tokens()).sum().backward()
     assert len(calls) == 1
     fast.base_model.model.blocks[0].up(torch.randn(2, 12))  # a layer called alone projects its own rows

@@ -23,7 +23,8 @@ def test_peft_loads_a_run_of_the_command_line(tmp_path):
     def base():
         return transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "tiny").eval()
 
-    model, x = base(), torch.randint(5, 20, (3, 7))
+    model = base()
+    x = torch.randint(5, model.config.vocab_size, (3, 7))
     adapter = ul.load(model, tmp_path / "run/adapter")
     to_peft(adapter, tmp_path / "peft")
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "peft").eval()

@@ -131,9 +131,7 @@ class SharedVector(nn.Module):
                 dtype,
             )
             first = 0 if whole else slot_id
-            step[key] = {
-                first + k: slot.factors(*factors[2 * k : 2 * k + 2]) for k, slot in enumerate(slots)
-            }
+            step[key] = {first + k: slot.factors(*factors[2 * k : 2 * k + 2]) for k, slot in enumerate(slots)}
         return step[key][slot_id]
 
     def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:

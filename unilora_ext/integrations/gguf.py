@@ -71,7 +71,7 @@ def export_gguf(adapter: Adapter, path: str | Path) -> None:
         if target is None:
             raise UniLoRAError(f"export_gguf: '{name}': expected a layer that llama.cpp's {kind} has, got none")
         with torch.no_grad():
-            A, B = layer.lora_factors(accumulator_dtype(layer.weight.dtype))
+            A, B = layer.lora_factors(accumulator_dtype(layer.factors_like()[1]))
         ending = name.rpartition(".")[2]
         if family.interleaved and ending in heads:
             B = _interleave(B, heads[ending])

@@ -130,7 +130,7 @@ class AcceleratedLinear(Linear):
         """From now on the adapter's factors are those of a slot of `vector`."""
         self.slot_ids[name] = slot_id
         slot = vector.slots[slot_id]
-        size_A, _ = slot.sizes
+        size_A = slot.r * slot.n  # it comes first
         segments = [
             (slot.start, (slot.r, slot.n), "indices"),
             (slot.start + size_A, (slot.m, slot.r), "indices"),
