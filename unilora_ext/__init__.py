@@ -8,6 +8,7 @@
 >>> adapter.save("adapter")
 """
 
+from unilora_ext import distributed
 from unilora_ext._native import _C
 from unilora_ext.adapter import Adapter, attach, get_adapter
 from unilora_ext.checkpoint import AdapterFile, load, read
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "attach",
     "default_d",
+    "distributed",
     "get_adapter",
     "load",
     "lora_linear",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext import ops
+from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections import Projection, Rows
+from unilora_ext.sharded_tensors import full, is_sharded
 
-__all__ = ["SharedVector", "Slot"]
+__all__ = ["Part", "SharedVector", "Slot"]
 
 Factors = tuple[Tensor, Tensor]
 """(A [r, n], B [m, r])"""
@@ -28,23 +30,60 @@ class Slot:
     r: int
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        return self.m * self.r, self.r * self.n
+    def stop(self) -> int:
+        return self.start + (self.m + self.n) * self.r
+
+    def part(
+        self,
+        outputs: tuple[int, int] | None = None,
+        inputs: tuple[int, int] | None = None,
+        reduction: Callable[[Tensor], Tensor] | None = None,
+    ) -> Part:
+        """The factors of a slice of W: rows [m0, m1) of B and columns [n0, n1) of A; None: all of them."""
+        m0, m1 = outputs or (0, self.m)
+        n0, n1 = inputs or (0, self.n)
+        ranges = [(self.start + m0 * self.r, self.start + m1 * self.r)]
+        first = self.start + self.m * self.r
+        ranges += [(first + k * self.n + n0, first + k * self.n + n1) for k in range(self.r)]
+        return Part(tuple(_joined(ranges)), m1 - m0, n1 - n0, self.r, reduction)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process holds of a layer's factors: all of them, or those of its slice of W.
+
+    Attributes:
+        ranges: the positions in theta_D of B [m, r], then of A [r, n].
+        m, n: shape of the slice of W.
+        r: rank.
+        reduction: what theta_d passes through first, so that its gradient is summed over the processes that hold the
+            other parts; None where this part is the whole.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    m: int
+    n: int
+    r: int
+    reduction: Callable[[Tensor], Tensor] | None = None
 
     @property
-    def stop(self) -> int:
-        return self.start + sum(self.sizes)
+    def sizes(self) -> tuple[int, int]:
+        return self.m * self.r, self.r * self.n
 
     def factors(self, flat_B: Tensor, flat_A: Tensor) -> Factors:
         return flat_A.view(self.r, self.n), flat_B.view(self.m, self.r)
 
 
 @dataclass(frozen=True)
-class _DeviceGroup:
-    """The slots whose layers lie on one device, in order, and their rows of P."""
+class _Group:
+    """The parts that are projected together, by slot, in order, and their rows of P."""
 
-    slot_ids: tuple[int, ...]
+    parts: dict[int, Part]
     rows: Rows
+
+
+_Place = tuple[torch.device, Callable[[Tensor], Tensor] | None]
+"""What the parts of one projection have in common: the device and the reduction of the gradient."""
 
 
 class SharedVector(nn.Module):
@@ -59,14 +98,18 @@ class SharedVector(nn.Module):
         theta_d: [d], float32, or float64 in a float64 model: the trainable vector.
         projection: P.
         slots: where each layer's factors lie in theta_D.
+        parts: what this process holds of each.
         enabled: whether the layers add their update.
     """
 
-    def __init__(self, theta_d: Tensor, projection: Projection, slots: Sequence[Slot]) -> None:
+    def __init__(
+        self, theta_d: Tensor, projection: Projection, slots: Sequence[Slot], parts: Sequence[Part] | None = None
+    ) -> None:
         super().__init__()
         self.theta_d = nn.Parameter(theta_d)
         self.projection = projection
         self.slots = tuple(slots)
+        self.parts = tuple(slot.part() for slot in slots) if parts is None else tuple(parts)
         self.enabled = True
         self._forget()
 
@@ -79,7 +122,7 @@ class SharedVector(nn.Module):
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         if self._groups is None:
-            self._groups = self._group_by_device(model)
+            self._groups = self._group_by_place(model)
         self._step = {}
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -87,50 +130,67 @@ class SharedVector(nn.Module):
         self._step = None
 
     def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The factors of one layer, differentiable in theta_d."""
-        step, groups = self._step, self._groups
+        """The factors of one layer (of this process's part of it), differentiable in theta_d."""
+        step, groups, part = self._step, self._groups, self.parts[slot_id]
         if step is not None and groups is not None:
-            group = groups.get(device)
-            if group is not None and slot_id in group.slot_ids:
+            place = device, part.reduction
+            group = groups.get(place)
+            if group is not None and slot_id in group.parts:
                 # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
-                key = (device, dtype, torch.is_grad_enabled())
+                key = (place, dtype, torch.is_grad_enabled())
                 if key not in step:
-                    step[key] = self._project(group, device, dtype)
+                    step[key] = self._project(group, place, dtype)
                 return step[key][slot_id]
             self._groups = None  # the layer has moved to another device: look again at the next forward
-        return self._project(self._alone(slot_id, device), device, dtype)[slot_id]
+        return self._project_alone(slot_id, part, device, dtype)
 
-    def _project(self, group: _DeviceGroup, device: torch.device, dtype: torch.dtype) -> dict[int, Factors]:
-        theta_D = ops.project(self.theta_d.to(device), group.rows, dtype)
-        slots = [self.slots[i] for i in group.slot_ids]
+    def whole_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
+        """The factors of one layer, whatever part of it this process holds."""
+        return self._project_alone(slot_id, self.slots[slot_id].part(), device, dtype)
+
+    def _project_alone(self, slot_id: int, part: Part, device: torch.device, dtype: torch.dtype) -> Factors:
+        group = _Group({slot_id: part}, self.projection.rows(device, part.ranges))
+        return self._project(group, (device, part.reduction), dtype)[slot_id]
+
+    def _project(self, group: _Group, place: _Place, dtype: torch.dtype) -> dict[int, Factors]:
+        device, reduction = place
+        theta_d = self._theta_d().to(device)
+        if reduction is not None:
+            theta_d = reduction(theta_d)
+        theta_D = ops.project(theta_d, group.rows, dtype)
         # One split: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
-        parts = iter(theta_D.split_with_sizes([size for slot in slots for size in slot.sizes]))
-        return {i: slot.factors(next(parts), next(parts)) for i, slot in zip(group.slot_ids, slots, strict=True)}
+        parts = iter(theta_D.split_with_sizes([size for part in group.parts.values() for size in part.sizes]))
+        return {slot_id: part.factors(next(parts), next(parts)) for slot_id, part in group.parts.items()}
 
-    def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:
-        slot = self.slots[slot_id]
-        if len(self.slots) == 1:
-            return _DeviceGroup((slot_id,), self.projection.rows(device))
-        return _DeviceGroup((slot_id,), self.projection.rows(device, [(slot.start, slot.stop)]))
+    def _theta_d(self) -> Tensor:
+        if not is_sharded(self.theta_d):
+            return self.theta_d
+        if torch.is_grad_enabled():
+            raise UniLoRAError(
+                "theta_d is sharded by fully_shard, and whole only while the forward of the model runs: a layer called "
+                "alone has no gradient to give. unilora_ext.distributed.fully_shard keeps theta_d whole"
+            )
+        return full(self.theta_d)
 
-    def _group_by_device(self, model: nn.Module) -> dict[torch.device, _DeviceGroup]:
-        members: dict[torch.device, list[int]] = {}
+    def _group_by_place(self, model: nn.Module) -> dict[_Place, _Group]:
+        members: dict[_Place, set[int]] = {}
         for module in model.modules():
             state = module.__dict__.get("_unilora")
             if state is not None and state.vector is self:
-                members.setdefault(module.weight.device, []).append(state.slot_id)
+                place = module.weight.device, self.parts[state.slot_id].reduction
+                members.setdefault(place, set()).add(state.slot_id)
         groups = {}
-        for device, slot_ids in members.items():
-            slot_ids.sort()
-            ranges = _joined([(self.slots[i].start, self.slots[i].stop) for i in slot_ids])
-            groups[device] = _DeviceGroup(tuple(slot_ids), self.projection.rows(device, ranges))
+        for place, slot_ids in members.items():
+            parts = {slot_id: self.parts[slot_id] for slot_id in sorted(slot_ids)}
+            ranges = _joined([bounds for part in parts.values() for bounds in part.ranges])
+            groups[place] = _Group(parts, self.projection.rows(place[0], ranges))
         return groups
 
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._step: dict[tuple[torch.device, torch.dtype, bool], dict[int, Factors]] | None = None
-        self._groups: dict[torch.device, _DeviceGroup] | None = None
+        self._step: dict[tuple[_Place, torch.dtype, bool], dict[int, Factors]] | None = None
+        self._groups: dict[_Place, _Group] | None = None
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -145,9 +205,11 @@ class SharedVector(nn.Module):
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ascending ranges with neighbours merged."""
+    """Ranges with neighbours merged and empty ones left out; the order is kept."""
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
+        if start == stop:
+            continue
         if joined and joined[-1][1] == start:
             start = joined.pop()[0]
         joined.append((start, stop))

@@ -13,6 +13,7 @@ from torch import nn
 
 from unilora_ext.errors import AttachError
 from unilora_ext.linear import UniLoRALayer, UniLoRALinear
+from unilora_ext.sharded_tensors import is_sharded
 
 __all__ = ["Target", "find_modules", "find_targets"]
 
@@ -139,6 +140,12 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
         raise refuse(f"expected a floating weight, got {module.weight.dtype}")
     if "forward" in module.__dict__:
         raise refuse("its forward was replaced on the instance (offloading hooks do that): attach before that step")
+    if is_sharded(module.weight):
+        from unilora_ext.integrations.tensor_parallel import UniLoRAShardedLinear, why_not
+
+        if adapted_class is not UniLoRALinear or why_not(module):
+            raise refuse(why_not(module) or "expected a torch.nn.Linear around a sharded weight")
+        return UniLoRAShardedLinear
     return adapted_class
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from unilora_ext.adapter import Adapter
 from unilora_ext.checkpoint import replace_file
 from unilora_ext.ops import accumulator_dtype
+from unilora_ext.sharded_tensors import full, is_writer, settle
 
 __all__ = ["export_lora"]
 
@@ -26,7 +27,9 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
         folder: gets ``adapter_model.safetensors`` (``<module>.lora_A.weight`` [r, n], ``<module>.lora_B.weight``
             [m, r], float32, and modules_to_save) and ``adapter_config.json`` (lora_alpha = scaling r).
     """
+    settle(adapter.model)
     config, tensors = adapter.config, {}
+    writes = all(map(is_writer, (adapter.theta_d, *adapter.modules_to_save().values())))
     with torch.no_grad():
         for name, layer in adapter.layers.items():
             A, B = layer.lora_factors(accumulator_dtype(layer.weight.dtype))
@@ -47,14 +50,17 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
         "task_type": _task_type(adapter.model),
         "inference_mode": True,
     }
+    data = safetensors.torch.save(_plain(tensors), {"format": "pt"})
+    if not writes:
+        return  # this process had to be there to gather the tensors; another one writes
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "adapter_model.safetensors", safetensors.torch.save(_plain(tensors), {"format": "pt"}))
+    replace_file(folder / "adapter_model.safetensors", data)
     replace_file(folder / "adapter_config.json", json.dumps(record, indent=2).encode() + b"\n")
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return {name: full(t).cpu().contiguous().clone() for name, t in tensors.items()}
 
 
 def _task_type(model: torch.nn.Module) -> str | None:

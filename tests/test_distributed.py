@@ -1,0 +1,59 @@
+"""DDP, FSDP2, tensor parallelism and distributed checkpoints, on 2 and 4 processes, against one process."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from distributed_checks import CHECKS, WITH_HEAD, main
+from models import Tower
+
+import unilora_ext as ul
+
+ON_FOUR = ("hsdp", "tensor_and_data_parallel")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, shared):
+    """What came of every check on every process, by world size: one start of the processes a size."""
+    results = {}
+    for size in (2, 4):
+        folder, seed = tmp_path_factory.mktemp(f"world{size}"), int(torch.seed() % 2**31)
+        started = time.perf_counter()
+        context = mp.spawn(main, args=(size, str(folder), str(shared), seed), nprocs=size, join=False)
+        while not context.join(timeout=5, grace_period=5) and time.perf_counter() - started < 300:
+            pass
+        for process in context.processes:
+            process.kill()
+        print(f"{size} processes, seed {seed}: {time.perf_counter() - started:.0f} s")
+        results[size] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("check", CHECKS)
+def test_as_one_process(outcomes, check, size):
+    if size % 4 and check in ON_FOUR:
+        pytest.skip("needs 4 processes")
+    for rank, outcome in enumerate(outcomes[size]):
+        assert outcome.get(check, "not reached: a check before it failed") == "passed", f"rank {rank}"
+
+
+@pytest.mark.parametrize("kind", ["ours", "torch"])
+def test_a_distributed_checkpoint_loads_in_one_process(outcomes, shared, kind):
+    model = Tower().double()
+    ul.attach(model, WITH_HEAD)
+    state = model.state_dict()
+    dcp.load(state, checkpoint_id=shared / "dcp" / kind)
+    model.load_state_dict(state)
+    x = torch.arange(56).view(8, 7) % 50
+    torch.testing.assert_close(model(x), torch.load(shared / "dcp" / kind / "y.pt"), rtol=1e-11, atol=1e-11)
