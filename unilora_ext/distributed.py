@@ -1,6 +1,6 @@
 """Data-parallel training of an adapter: what is frozen may be sharded, what is trained is small and stays whole.
 
-One process per device, started by ``torchrun``. With ``DistributedDataParallel`` nothing of this is needed. With FSDP2::
+One process a device, started by ``torchrun``. ``DistributedDataParallel`` needs nothing of this. With FSDP2::
 
     adapter = ul.attach(model, config)
     for block in model.layers:
@@ -119,7 +119,7 @@ class _Mean:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor (a DTensor where tensor parallelism shards a module that is trained whole)."""
+    """What this process holds of a tensor: a part, where tensor parallelism shards a module of modules_to_save."""
     tensor = tensor.detach()
     return tensor.to_local() if is_sharded(tensor) else tensor
 
@@ -131,6 +131,6 @@ def _check_whole(model: nn.Module) -> None:
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if parameter.requires_grad and is_sharded(parameter):
                 raise UniLoRAError(
-                    f"'{key}' is trained and was sharded by torch's fully_shard: expected it whole; call torch's on the "
-                    "blocks without it (or with ignored_params) and unilora_ext.distributed.fully_shard on the model"
+                    f"'{key}' is trained and was sharded by torch's fully_shard: expected it whole; call torch's on "
+                    "the blocks without it (or with ignored_params), unilora_ext.distributed.fully_shard on the model"
                 )
