@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -329,9 +329,8 @@ def check_tensor_parallel(folder):
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
     whole, whole_adapter, model, adapter = pair(prepare=parallel(mesh), **UNEVEN)
+    equal_everywhere(adapter.theta_d)
     same_start(whole_adapter, adapter)
-    with torch.no_grad():
-        adapter.theta_d.copy_(whole_adapter.theta_d)
     x = tokens(8)
     for _ in range(2):  # accumulated
         y = model(x)
@@ -380,10 +379,15 @@ def check_tensor_parallel(folder):
 
 
 def check_tensor_parallel_layouts(folder):
-    """Fewer features than processes; sequence-sharded input and output; a layer alone; dropout; autocast."""
+    """Fewer features than processes; a row-wise bias; sequence-sharded output; a layer alone; dropout; autocast."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     x = tokens(8, 8)
+
+    def row_with_bias(model):
+        return parallelize_module(model, mesh, {"blocks.0.up": RowwiseParallel(input_layouts=Replicate())})
+
     for prepare, shape in (
+        (row_with_bias, FEW),
         (parallel(mesh, (0,)), FEW),
         (parallel(mesh, (0,), output_layouts=Shard(1)), dict(hidden=8, depth=1)),
     ):
@@ -393,8 +397,6 @@ def check_tensor_parallel_layouts(folder):
                 lambda module, args, y: DTensor.from_local(y, mesh, [Shard(1)]).full_tensor()
             )
         same_start(whole_adapter, adapter)
-        with torch.no_grad():
-            adapter.theta_d.copy_(whole_adapter.theta_d)
         close(model(x), whole(x))
         loss_of(whole, x).backward()
         loss_of(model, x).backward()
@@ -411,6 +413,44 @@ def check_tensor_parallel_layouts(folder):
     assert not torch.equal(model(x), y) and adapter.theta_d.grad.abs().sum() > 0
     equal_everywhere(adapter.theta_d.grad)
     assert torch.equal(model.eval()(x), model(x))
+
+
+def check_tensor_parallel_head(folder):
+    """A module trained whole and sharded: its gradient, its file, and switching it off."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def prepare(model):
+        parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
+        return parallel(mesh)(model)
+
+    whole, whole_adapter, model, adapter = pair(WITH_HEAD, prepare=prepare, **UNEVEN | {"classes": 8})
+    same_start(whole_adapter, adapter)
+    x = tokens(8)
+    close(model(x), whole(x))
+    loss_of(whole, x).backward()
+    loss_of(model, x).backward()
+    close(model.head.weight.grad.full_tensor(), whole.head.weight.grad)
+    with torch.no_grad():
+        for each in (model, whole):
+            each.head.bias += 1
+    adapter.save(folder / "head")
+    adapter.export_lora(folder / "lora")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        whole_adapter.save(folder / "whole_head")
+        whole_adapter.export_lora(folder / "whole_lora")
+        assert files(folder / "head") == files(folder / "whole_head")
+        assert files(folder / "lora") == files(folder / "whole_lora")
+    with adapter.disable(), whole_adapter.disable():
+        close(model(x), whole(x))
+    y = model(x).detach()
+    close(y, whole(x).detach())
+    plain = Tower(**UNEVEN | {"classes": 8}).double()
+    plain.load_state_dict({k: v for k, v in whole.state_dict().items() if k != "unilora.theta_d"})
+    again = prepare(plain)
+    torch.nn.init.zeros_(again.head.bias)
+    ul.load(again, folder / "head")
+    close(again(x).detach(), y)
 
 
 def mine_last(y):
@@ -432,8 +472,6 @@ def check_tensor_and_data_parallel(folder):
     """2 x 2: tensor parallel inside, FSDP2 outside."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
     whole, whole_adapter, model, adapter = pair(prepare=parallel(mesh["tp"]), **UNEVEN | {"hidden": 20})
-    with torch.no_grad():
-        dist.broadcast(adapter.theta_d, 0)
     shard(model, mesh=mesh["dp"])
     same_start(whole_adapter, adapter)
     x = tokens(8)

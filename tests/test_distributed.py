@@ -28,9 +28,8 @@ def outcomes(tmp_path_factory, shared):
         folder, seed = tmp_path_factory.mktemp(f"world{size}"), int(torch.seed() % 2**31)
         started = time.perf_counter()
         context = mp.spawn(main, args=(size, str(folder), str(shared), seed), nprocs=size, join=False)
-        while not context.join(timeout=5, grace_period=5) and time.perf_counter() - started < 300:
-            pass
         for process in context.processes:
+            process.join(max(0, 300 - (time.perf_counter() - started)))
             process.kill()
         print(f"{size} processes, seed {seed}: {time.perf_counter() - started:.0f} s")
         results[size] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]

@@ -101,6 +101,8 @@ def _attach(
     for target in targets:
         slots.append(Slot(slots[-1].stop if slots else 0, target.m, target.n, config.r))
     parts = [t.adapted_class.local_part(t.module, slot) for t, slot in zip(targets, slots, strict=True)]
+    for reduction in {part.reduction for part in parts} - {None}:
+        reduction.agree(theta_d)
     vector = SharedVector(theta_d, projection, slots, parts)
     attachment = Attachment(
         config=config,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections import Projection, Rows
 from unilora_ext.sharded_tensors import full, is_sharded
 
-__all__ = ["Part", "SharedVector", "Slot"]
+__all__ = ["Part", "Reduction", "SharedVector", "Slot"]
 
 Factors = tuple[Tensor, Tensor]
 """(A [r, n], B [m, r])"""
@@ -37,7 +37,7 @@ class Slot:
         self,
         outputs: tuple[int, int] | None = None,
         inputs: tuple[int, int] | None = None,
-        reduction: Callable[[Tensor], Tensor] | None = None,
+        reduction: Reduction | None = None,
     ) -> Part:
         """The factors of a slice of W: rows [m0, m1) of B and columns [n0, n1) of A; None: all of them."""
         m0, m1 = outputs or (0, self.m)
@@ -48,6 +48,16 @@ class Slot:
         return Part(tuple(_joined(ranges)), m1 - m0, n1 - n0, self.r, reduction)
 
 
+class Reduction(Protocol):
+    """What processes that hold parts of one layer do together. Hashable."""
+
+    def __call__(self, theta_d: Tensor) -> Tensor:
+        """theta_d; in the backward, its gradient is summed over the processes."""
+
+    def agree(self, theta_d: Tensor) -> None:
+        """Overwrites theta_d with that of the first process."""
+
+
 @dataclass(frozen=True)
 class Part:
     """What one process holds of a layer's factors: all of them, or those of its slice of W.
@@ -56,15 +66,14 @@ class Part:
         ranges: the positions in theta_D of B [m, r], then of A [r, n].
         m, n: shape of the slice of W.
         r: rank.
-        reduction: what theta_d passes through first, so that its gradient is summed over the processes that hold the
-            other parts; None where this part is the whole.
+        reduction: of the processes that hold the other parts; None where this part is the whole.
     """
 
     ranges: tuple[tuple[int, int], ...]
     m: int
     n: int
     r: int
-    reduction: Callable[[Tensor], Tensor] | None = None
+    reduction: Reduction | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -82,7 +91,7 @@ class _Group:
     rows: Rows
 
 
-_Place = tuple[torch.device, Callable[[Tensor], Tensor] | None]
+_Place = tuple[torch.device, Reduction | None]
 """What the parts of one projection have in common: the device and the reduction of the gradient."""
 
 

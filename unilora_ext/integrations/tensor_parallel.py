@@ -54,6 +54,12 @@ class GradientSum:
     def __call__(self, theta_d: Tensor) -> Tensor:
         return _SumGradient.apply(theta_d, self.mesh.get_group())
 
+    def agree(self, theta_d: Tensor) -> None:
+        """Sends theta_d of the first process to the others, as ``parallelize_module`` does with the weights."""
+        sent = theta_d.to(self.mesh.device_type)
+        dist.broadcast(sent, group=self.mesh.get_group(), group_src=0)
+        theta_d.copy_(sent)
+
     def __deepcopy__(self, memo: dict) -> GradientSum:
         return self  # a process group cannot be copied
 
