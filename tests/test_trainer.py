@@ -42,7 +42,7 @@ def bert(dtype=torch.float64):
 
 def llama(tied=False, dtype=torch.float64):
     config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=12, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=60, hidden_size=12, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=20, max_position_embeddings=32, tie_word_embeddings=tied,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).to(dtype)
@@ -227,34 +227,29 @@ def test_accelerate_mixed_precision():
     assert (got.grad - expected.grad).norm() < 0.05 * expected.grad.norm()
 
 
-WORKER = """
-import sys, torch, transformers
-sys.path.insert(0, sys.argv[1])
-from test_trainer import trained, trainer
-model, data = torch.load(sys.argv[2] + "/start.pt", weights_only=False)
-run = trainer(model, data, sys.argv[2], max_steps=3, per_device_train_batch_size=4, save_strategy="steps", save_steps=3)
-run.train()
-assert run.args.world_size == 2 and type(run.model_wrapped).__name__ == "DistributedDataParallel"
-if run.args.process_index == 0:
-    torch.save(trained(model), sys.argv[2] + "/trained.pt")
-"""
-
-
-def test_trainer_on_two_processes(tmp_path):
-    """torchrun, DDP: half the batch on each process is the whole batch in one."""
+def test_two_processes(tmp_path):
+    """torchrun: DDP with half the batch on each process, and tensor parallelism, are what one process computes."""
     model = llama()
     data = rows(model)
+    ids = torch.stack([row["input_ids"] for row in data])
+    sharded = copy.deepcopy(model)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    theta_d = ul.get_adapter(model).theta_d
+    by_tensor_parallelism, theta_d.grad = {"loss": loss.detach(), "grad": theta_d.grad}, None
+    torch.save((ul.get_adapter(sharded).detach(), theta_d.detach().clone(), ids), tmp_path / "sharded.pt")
     torch.save((model, data), tmp_path / "start.pt")
     trainer(model, data, tmp_path, max_steps=3).train()
-    (tmp_path / "worker.py").write_text(WORKER)
+
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
-        [*command, "worker.py", str(Path(__file__).parent), str(tmp_path)],
+        [*command, Path(__file__).with_name("trainer_worker.py"), tmp_path],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-8000:]
     assert_same(torch.load(tmp_path / "trained.pt"), trained(model), 1e-9)
+    assert_same(torch.load(tmp_path / "by_tensor_parallelism.pt"), by_tensor_parallelism, 1e-9)

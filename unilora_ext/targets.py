@@ -139,7 +139,12 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     if not module.weight.is_floating_point():
         raise refuse(f"expected a floating weight, got {module.weight.dtype}")
     if "forward" in module.__dict__:
-        raise refuse("its forward was replaced on the instance (offloading hooks do that): attach before that step")
+        reason = "its forward was replaced on the instance (offloading hooks do that): attach before that step"
+        if is_sharded(module.weight):
+            reason += (
+                "; a tp_plan of Transformers does it too: load without it, and shard by torch's parallelize_module"
+            )
+        raise refuse(reason)
     if is_sharded(module.weight):
         from unilora_ext.integrations.tensor_parallel import UniLoRAShardedLinear, why_not
 
