@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import Tower, tokens
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
@@ -212,6 +212,27 @@ def check_fsdp_mixed_precision(folder):
     mean = same_adapter.theta_d.grad.clone()
     dist.all_reduce(mean)
     close(adapter.theta_d.grad, mean / dist.get_world_size(), 1e-6)
+
+
+def check_fsdp_from_meta(folder):
+    """Built on meta, attached, sharded, then given memory and weights: theta_d is not lost on the way."""
+    whole = Tower().double()
+    with torch.device("meta"):
+        model = Tower().double()
+    adapter = ul.attach(model, CONFIG)
+    start = adapter.theta_d.detach().clone()
+    shard(model)
+    model.to_empty(device="cpu")
+    assert torch.equal(adapter.theta_d, start)
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, whole.state_dict(), options=options)
+    assert isinstance(model.blocks[0].up.weight, DTensor) and torch.equal(adapter.theta_d, start)
+    whole_adapter = ul.attach(whole, CONFIG)
+    same_start(whole_adapter, adapter)
+    x = tokens(8)
+    loss_of(whole, x).backward()
+    loss_of(model, mine(x)).backward()
+    close(adapter.theta_d.grad, whole_adapter.theta_d.grad)
 
 
 def check_fsdp_by_torch_alone(folder):

@@ -202,7 +202,10 @@ class SharedVector(nn.Module):
         self._groups: dict[_Place, _Group] | None = None
 
     def _apply(self, fn, recurse: bool = True):
+        before = self.theta_d.detach()
         super()._apply(fn, recurse)
+        if not before.is_meta and not self.theta_d.is_meta:
+            self.theta_d.data.copy_(before)  # to_empty() of a model built on meta is for the weights
         self._forget()
         return self
 
