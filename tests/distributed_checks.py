@@ -18,31 +18,14 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import unilora_ext as ul
+from unilora_ext.distributed import Traffic
 
 CONFIG = ul.UniLoRAConfig(r=3, d=40, target_modules=["up", "down"], seed=5, init_bound=0.5)
 WITH_HEAD = ul.UniLoRAConfig(**{**vars(CONFIG), "modules_to_save": ["head"]})
 UNEVEN = dict(hidden=21, depth=3)  # 21, 22, 23 and 12 features on 2 and 4 processes
 FEW = dict(hidden=5, depth=1)  # 5 features on 4 processes: 2, 2, 1, 0
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that each kind of collective is given by this process."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if "c10d" in name and not any(word in name for word in ("wait", "_wrap_tensor")):
-            kind = name.split(".")[1].strip("_").replace("_base", "").replace("all_reduce", "allreduce")
-            tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-            self.bytes.setdefault(kind, []).append(max(t.nbytes for t in tensors))
-        return function(*args, **(kwargs or {}))
 
 
 def loss_of(model, x):
