@@ -69,12 +69,16 @@ def _ddp(rival: str, size: Model) -> Row:
 def _fsdp(rival: str, size: Model) -> Row:
     model = _layers(rival, size)
     inner = model if rival == "unilora_ext" else model.base_model.model
-    for i in range(len(size.modules)):
-        fully_shard(inner[i])
-    if rival == "unilora_ext":
-        ul.distributed.fully_shard(model)
-    else:
-        fully_shard(model)
+    try:
+        for i in range(len(size.modules)):
+            fully_shard(inner[i])
+        ul.distributed.fully_shard(model) if rival == "unilora_ext" else fully_shard(model)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # a vector that every layer registers cannot be sharded twice
+        return {"reduced_bytes": None, "gathered_bytes": None, "error": f"{type(error).__name__}: {error}"}
     with ul.distributed.Traffic() as traffic:
         model(torch.randn(2, size.modules[0][1])).square().mean().backward()
     reduced = traffic.bytes.get("allreduce", []) + traffic.bytes.get("reduce_scatter", [])
