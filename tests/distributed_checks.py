@@ -282,12 +282,21 @@ def check_replicate(folder):
     close(adapter.theta_d.grad, whole_adapter.theta_d.grad)
     close(model.head.bias.grad, whole.head.bias.grad)
     refused("replicated already", lambda: ul.distributed.replicate(adapter))
-    head = model.head.requires_grad_()
+    head = model.head
     adapter.detach()
     head.requires_grad_().weight.grad = None
     with Traffic() as traffic:
         loss_of(model, x).backward()
     assert not traffic.bytes and head.weight.grad is not None
+
+    whole, whole_adapter, model, adapter = pair()  # beside torch's fully_shard, told to leave theta_d alone
+    for part in (*model.blocks, model):
+        torch_fully_shard(part, ignored_params={adapter.theta_d})
+    ul.distributed.replicate(adapter)
+    same_start(whole_adapter, adapter)
+    loss_of(whole, x).backward()
+    loss_of(model, mine(x)).backward()
+    close(adapter.theta_d.grad, whole_adapter.theta_d.grad)
 
 
 def check_fsdp_refusals(folder):
@@ -296,6 +305,10 @@ def check_fsdp_refusals(folder):
     for block in sharded.blocks:
         torch_fully_shard(block)
     refused("sharded by fully_shard already: attach before", lambda: ul.attach(sharded, CONFIG))
+    torch_fully_shard(sharded)
+    with torch.no_grad():
+        sharded(tokens())  # which leaves the weights of the root whole
+    refused("sharded by fully_shard already", lambda: ul.attach(sharded, ul.UniLoRAConfig(target_modules=["head"])))
     assert not hasattr(sharded, "unilora")
     refused("has no Uni-LoRA adapter", lambda: ul.distributed.fully_shard(Tower()))
     _, _, model, _ = pair(WITH_HEAD)

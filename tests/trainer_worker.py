@@ -50,7 +50,7 @@ if dist.get_rank() == 0:
 
 styles = plan("colwise", "rowwise")
 apply_tensor_parallelism(other, mesh, {**styles, **{f"{name}.weight": style for name, style in styles.items()}})
-with pytest.raises(ul.AttachError, match="a tp_plan of Transformers does it too"):
+with pytest.raises(ul.AttachError, match="a tp_plan of Transformers does it too: load without it"):
     ul.attach(other, adapter.config)
 dist.barrier()
 dist.destroy_process_group()

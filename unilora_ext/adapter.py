@@ -349,7 +349,7 @@ class Adapter:
             metadata: JSON values kept with the adapter, free for the application.
 
         With several processes one of them calls this. Where torch's own ``fully_shard`` or ``parallelize_module``
-        shards theta_d or modules_to_save, all of them call it, and the first one writes.
+        shards theta_d or modules_to_save, the processes of one such group call it, and its first one writes.
         """
         from unilora_ext.checkpoint import save
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from unilora_ext.errors import AttachError
 from unilora_ext.linear import UniLoRALayer, UniLoRALinear
-from unilora_ext.sharded_tensors import is_sharded
+from unilora_ext.sharded_tensors import is_sharded, managed_by_fsdp
 
 __all__ = ["Target", "find_modules", "find_targets"]
 
@@ -139,12 +139,12 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     if not module.weight.is_floating_point():
         raise refuse(f"expected a floating weight, got {module.weight.dtype}")
     if "forward" in module.__dict__:
-        reason = "its forward was replaced on the instance (offloading hooks do that): attach before that step"
-        if is_sharded(module.weight):
-            reason += (
-                "; a tp_plan of Transformers does it too: load without it, and shard by torch's parallelize_module"
-            )
-        raise refuse(reason)
+        raise refuse(
+            "its forward was replaced on the instance (offloading hooks do that): attach before that step; a tp_plan "
+            "of Transformers does it too: load without it, and shard by torch's parallelize_module"
+        )
+    if managed_by_fsdp(module):
+        raise refuse("its weight is sharded by fully_shard already: attach before that step")
     if is_sharded(module.weight):
         from unilora_ext.integrations.tensor_parallel import UniLoRAShardedLinear, why_not
 

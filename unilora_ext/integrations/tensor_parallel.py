@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -39,6 +40,7 @@ class _SumGradient(torch.autograd.Function):
         return theta_d.view_as(theta_d)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)
@@ -66,21 +68,17 @@ class GradientSum:
 
 def why_not(linear: nn.Linear) -> str | None:
     """Why the layer's DTensor weight cannot be adapted; None: it can."""
-    if getattr(linear, "_is_fsdp_managed_module", False):
-        return "its weight is sharded by fully_shard already: attach before that step"
     mesh, placements = linear.weight.device_mesh, linear.weight.placements
     if mesh.ndim != 1 or placements not in ((Shard(0),), (Shard(1),)):
         return (
-            f"expected a weight sharded by ColwiseParallel or RowwiseParallel on a 1-D mesh, got {placements} on {mesh}"
+            f"expected a weight sharded by ColwiseParallel or RowwiseParallel on one mesh, got {placements} on {mesh}"
         )
     dim = placements[0].dim
     start, stop = _held(linear.weight.shape[dim], mesh)
     local = linear.weight.to_local().shape[dim]
-    return (
-        None
-        if local == stop - start
-        else f"expected even shards, [{start}, {stop}) of dimension {dim} here, got {local}"
-    )
+    if local != stop - start:
+        return f"expected positions [{start}, {stop}) of dimension {dim} here, as torch.chunk gives, got {local}"
+    return None
 
 
 class UniLoRAShardedLinear(UniLoRALinear):
