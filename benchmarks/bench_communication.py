@@ -53,17 +53,7 @@ def _layers(rival: str, size: Model) -> nn.Module:
 
 
 def _ddp(rival: str, size: Model) -> Row:
-    model = DistributedDataParallel(_layers(rival, size))
-    reduced: list[int] = []
-
-    def counted(state, bucket):  # DDP compares annotations with types, which they are not in this file
-        reduced.append(bucket.buffer().nbytes)
-        work = dist.all_reduce(bucket.buffer(), async_op=True)
-        return work.get_future().then(lambda done: done.value()[0] / PROCESSES)
-
-    model.register_comm_hook(None, counted)
-    model(torch.randn(2, size.modules[0][1])).square().mean().backward()
-    return {"reduced_bytes": sum(reduced), "gathered_bytes": 0}
+    return _step(DistributedDataParallel(_layers(rival, size)), size)
 
 
 def _fsdp(rival: str, size: Model) -> Row:
@@ -79,7 +69,11 @@ def _fsdp(rival: str, size: Model) -> Row:
         ValueError,
     ) as error:  # a vector that every layer registers cannot be sharded twice
         return {"reduced_bytes": None, "gathered_bytes": None, "error": f"{type(error).__name__}: {error}"}
+    return _step(model, size)
+
+
+def _step(model: nn.Module, size: Model) -> Row:
     with ul.distributed.Traffic() as traffic:
         model(torch.randn(2, size.modules[0][1])).square().mean().backward()
     reduced = traffic.bytes.get("allreduce", []) + traffic.bytes.get("reduce_scatter", [])
-    return {"reduced_bytes": sum(reduced), "gathered_bytes": sum(traffic.bytes["allgather"])}
+    return {"reduced_bytes": sum(reduced), "gathered_bytes": sum(traffic.bytes.get("allgather", []))}

@@ -92,7 +92,9 @@ def check_ddp(folder):
     first, second = tokens(8), tokens(16)
     for x in (first, second):
         loss_of(whole, x).backward()
-        loss_of(ddp, mine(x)).backward()
+        with Traffic() as traffic:
+            loss_of(ddp, mine(x)).backward()
+        assert traffic.bytes == {"allreduce": sizes[-1:]}
     close(adapter.theta_d.grad, whole_adapter.theta_d.grad, 1e-6)
     assert sizes == [4 * 40] * 2
     adapter.theta_d.grad = None

@@ -145,8 +145,6 @@ class Traffic(TorchDispatchMode):
             model(batch).loss.backward()
         traffic.bytes                                    # {"allgather": [...], "allreduce": [4 * d]}
 
-    ``DistributedDataParallel`` calls its collectives from C++ and is not seen; it takes a communication hook.
-
     Attributes:
         bytes: by kind of collective, the size of the larger of input and output of each call, in order.
     """
