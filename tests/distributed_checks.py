@@ -94,7 +94,7 @@ def check_ddp(folder):
         loss_of(whole, x).backward()
         with Traffic() as traffic:
             loss_of(ddp, mine(x)).backward()
-        assert traffic.bytes == {"allreduce": sizes[-1:]}
+        assert traffic.bytes["allreduce"] == sizes[-1:]  # beside the layout of the buckets, once
     close(adapter.theta_d.grad, whole_adapter.theta_d.grad, 1e-6)
     assert sizes == [4 * 40] * 2
     adapter.theta_d.grad = None
