@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -422,6 +422,10 @@ def check_tensor_parallel_layouts(folder):
         close(adapter.theta_d.grad, whole_adapter.theta_d.grad)
     h = torch.randn(4, 12, dtype=torch.float64)
     close(model.blocks[0].up(h), mine_last(whole.blocks[0].up(h)))
+    h = torch.randn(4, 8, 8, dtype=torch.float64)
+    everywhere = distribute_tensor(h, mesh, [Replicate()])  # where the layer's style expects a shard
+    h = everywhere.full_tensor()
+    close(model.blocks[0].down.forward(everywhere).full_tensor(), whole.blocks[0].down(h))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(model.float()(x), whole.float()(x), rtol=0.05, atol=0.05)
 

@@ -85,26 +85,38 @@ def assert_same(got, expected, tolerance=0.0):
 
 @pytest.mark.parametrize("make", [bert, llama])
 def test_trainer_is_the_plain_loop(make, tmp_path):
-    """AdamW with a linear schedule and clipping, written out; frozen weights stay as they were."""
+    """AdamW with a linear schedule and clipping on dense W + B A, written out; frozen weights stay as they were."""
     model = make()
-    by_hand, data, frozen = copy.deepcopy(model), rows(model), copy.deepcopy(model.state_dict())
-    run = trainer(model, data, tmp_path)
-    run.train()
+    plain, data, frozen = copy.deepcopy(model), rows(model), copy.deepcopy(model.state_dict())
+    adapter = ul.get_adapter(plain)
+    P, theta_d = adapter.projection.dense(), adapter.theta_d.detach().clone().requires_grad_()
+    shapes = {name: layer.weight.shape for name, layer in adapter.layers.items()}
+    adapter.detach()
+    trainer(model, data, tmp_path).train()
 
-    parameters = [p for p in by_hand.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
+    def weights():
+        theta_D, start, changed = P @ theta_d, 0, {}
+        for name, (m, n) in shapes.items():
+            B, A = theta_D[start : start + 3 * m].view(m, 3), theta_D[start + 3 * m : start + 3 * (m + n)].view(3, n)
+            changed[f"{name}.weight"] = plain.get_parameter(f"{name}.weight").detach() + B @ A
+            start += 3 * (m + n)
+        return changed
+
+    parameters = {"unilora.theta_d": theta_d}
+    parameters |= {name: p for name, p in plain.named_parameters() if name.startswith("classifier")}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.02, weight_decay=0.0)
     for step in range(6):
         batch = data[step % 3 * 8 :][:8]
         for group in optimizer.param_groups:
             group["lr"] = 0.02 * (6 - step) / 6
-        loss = by_hand(**{key: torch.stack([row[key] for row in batch]) for key in batch[0]}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        batch = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+        torch.func.functional_call(plain, weights(), (), batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert_same(trained(model), trained(by_hand), 1e-9)
+    assert_same(trained(model), {name: p.detach() for name, p in parameters.items()}, 1e-9)
     after = model.state_dict()
-    assert {n for n in frozen if not torch.equal(frozen[n], after[n])} == set(trained(model))
+    assert {name for name in frozen if not torch.equal(frozen[name], after[name])} == set(parameters)
 
 
 @pytest.mark.parametrize("make", [bert, llama])
