@@ -56,13 +56,19 @@ def rows(model):
     return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
 
 
+class InOrder(transformers.Trainer):
+    """Takes the rows as they come."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
 def trainer(model, data, folder, **changes):
     """A Trainer of 6 steps on rows in their order."""
     options = {
         "per_device_train_batch_size": 8,
         "max_steps": 6,
         "learning_rate": 0.02,
-        "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "use_cpu": True,
         "report_to": "none",
@@ -70,7 +76,7 @@ def trainer(model, data, folder, **changes):
         **changes,
     }
     arguments = transformers.TrainingArguments(output_dir=str(folder), **options)
-    return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:8])
+    return InOrder(model, arguments, train_dataset=data, eval_dataset=data[:8])
 
 
 def trained(model):
@@ -124,11 +130,8 @@ def test_gradient_checkpointing(make, tmp_path):
     model = make()
     data, models = rows(model), {mode: copy.deepcopy(model) for mode in (None, True, False)}
     for mode, each in models.items():
-        if mode is not None:
-            each.gradient_checkpointing_enable({"use_reentrant": mode})
-        if mode:
-            each.enable_input_require_grads()
-        trainer(each, data, tmp_path, max_steps=3).train()
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": mode}}
+        trainer(each, data, tmp_path, max_steps=3, **({} if mode is None else options)).train()
     assert not torch.equal(trained(models[None])["unilora.theta_d"], trained(model)["unilora.theta_d"])
     for mode in (True, False):
         assert any(getattr(part, "gradient_checkpointing", False) for part in models[mode].modules())
