@@ -535,7 +535,7 @@ def check_adapter_folder(folder):
 
 
 def check_distributed_checkpoint(folder):
-    """torch.distributed.checkpoint: what 2 processes save is loaded by 4 (and by 1, see the test)."""
+    """torch.distributed.checkpoint, and an adapter folder: what 2 processes save is loaded by 4 (and 1, see the test)."""
     path = folder / "dcp"
     x = torch.arange(56).view(8, 7) % 50
     for helper in (True, False):
@@ -552,6 +552,8 @@ def check_distributed_checkpoint(folder):
             dist.all_gather(y, model(mine(x)).detach())
             if dist.get_rank() == 0:
                 torch.save(torch.cat(y), saved / "y.pt")
+            if helper and dist.get_rank() == 0:
+                ul.get_adapter(model).save(path / "adapter")
             continue
         expected = torch.load(saved / "y.pt")
         assert not torch.equal(model(mine(x)), mine(expected))
@@ -562,6 +564,12 @@ def check_distributed_checkpoint(folder):
         dcp.load(state, checkpoint_id=saved)
         set_model_state_dict(model, state)
         close(model(mine(x)).detach(), mine(expected))
+        if helper:
+            fresh = Tower().double()
+            loaded = ul.load(fresh, path / "adapter")
+            shard(fresh)
+            assert torch.equal(loaded.theta_d, ul.get_adapter(model).theta_d)
+            assert torch.equal(fresh.head.weight, model.head.weight)
 
 
 CHECKS = {name.removeprefix("check_"): value for name, value in list(globals().items()) if name.startswith("check_")}

@@ -45,9 +45,11 @@ def test_as_one_process(outcomes, check, size):
 @pytest.mark.parametrize("kind", ["ours", "torch"])
 def test_a_distributed_checkpoint_loads_in_one_process(outcomes, shared, kind):
     model = Tower().double()
-    ul.attach(model, WITH_HEAD)
+    adapter = ul.attach(model, WITH_HEAD)
     state = model.state_dict()
     dcp.load(state, checkpoint_id=shared / "dcp" / kind, no_dist=True)
     model.load_state_dict(state)
     x = torch.arange(56).view(8, 7) % 50
     torch.testing.assert_close(model(x), torch.load(shared / "dcp" / kind / "y.pt"), rtol=1e-11, atol=1e-11)
+    if kind == "ours":
+        assert torch.equal(ul.load(Tower().double(), shared / "dcp" / "adapter").theta_d, adapter.theta_d)
