@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from distributed_checks import CHECKS, ON_FOUR, WITH_HEAD, main
+from distributed_checks import CHECKS, ON_FOUR, main
+from distributed_common import WITH_HEAD
 from models import Tower
 
 import unilora_ext as ul
