@@ -235,6 +235,16 @@ def test_layers_that_move_later():
     assert model(torch.ones(2, 12)).is_meta
 
 
+def test_memory_for_a_model_built_on_meta():
+    """to_empty() gives the weights memory; theta_d, which has values already, keeps them."""
+    with torch.device("meta"):
+        model = Tower()
+    adapter = ul.attach(model, CONFIG)
+    start = adapter.theta_d.detach().clone()
+    model.to_empty(device="cpu")
+    assert torch.equal(adapter.theta_d, start) and not model.blocks[0].up.weight.is_meta
+
+
 def test_a_half_precision_model_keeps_float32_sums():
     model, x = Tower().bfloat16(), tokens()
     adapter = ul.attach(model, CONFIG)

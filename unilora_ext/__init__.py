@@ -8,7 +8,7 @@
 >>> adapter.save("adapter")
 """
 
-from unilora_ext import integrations
+from unilora_ext import distributed, integrations
 from unilora_ext._native import _C
 from unilora_ext.adapter import Adapter, attach, get_adapter
 from unilora_ext.checkpoint import AdapterFile, load, read
@@ -36,6 +36,7 @@ __all__ = [
     "__version__",
     "attach",
     "default_d",
+    "distributed",
     "get_adapter",
     "integrations",
     "load",

@@ -15,6 +15,7 @@ from unilora_ext.config import UniLoRAConfig, default_d
 from unilora_ext.errors import AttachError, UniLoRAError
 from unilora_ext.linear import LayerState, UniLoRALayer, initial_theta_d
 from unilora_ext.projections import Projection, make_projection
+from unilora_ext.sharded_tensors import exchange_, managed_by_fsdp
 from unilora_ext.shared_vector import SharedVector, Slot
 from unilora_ext.targets import Target, find_modules, find_targets, uses_fused_encoder_path
 
@@ -36,6 +37,7 @@ class Attachment:
     saved_originals: dict[str, Tensor]  # parameters and buffers of modules_to_save, before
     handles: list[RemovableHandle] = field(default_factory=list)
     theta_d_trained: bool = True  # theta_d.requires_grad before merge()
+    replicated: bool = False  # what is trained is whole on every process, see distributed.replicate
 
 
 def plan(model: nn.Module, config: UniLoRAConfig) -> tuple[list[Target], UniLoRAConfig, Projection]:
@@ -98,7 +100,10 @@ def _attach(
     slots: list[Slot] = []
     for target in targets:
         slots.append(Slot(slots[-1].stop if slots else 0, target.m, target.n, config.r, projection.a_first))
-    vector = SharedVector(theta_d, projection, slots)
+    parts = [t.adapted_class.local_part(t.module, slot) for t, slot in zip(targets, slots, strict=True)]
+    for reduction in {part.reduction for part in parts} - {None}:
+        reduction.agree(theta_d)
+    vector = SharedVector(theta_d, projection, slots, parts)
     attachment = Attachment(
         config=config,
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
@@ -241,10 +246,14 @@ class Adapter:
     def _swap_saved(self) -> None:
         """Exchanges the values of modules_to_save with those from before attach() (or back)."""
         originals = self._attachment.saved_originals
+        if originals and managed_by_fsdp(self.model) and not self._attachment.replicated:
+            raise UniLoRAError(
+                "modules_to_save are sharded by fully_shard and cannot be exchanged: "
+                "unilora_ext.distributed.fully_shard leaves them whole"
+            )
         for name, tensor in saved_tensors(self.model, self.config).items():
             other = originals[name].to(device=tensor.device, dtype=tensor.dtype)
-            originals[name] = tensor.data
-            tensor.data = other
+            originals[name] = exchange_(tensor, other)
 
     # -- merging ------------------------------------------------------------------------------------------------------
 
@@ -306,7 +315,15 @@ class Adapter:
         Args:
             merge: False: the model is exactly as before attach(), flags and modules_to_save included. True: the
                 weights keep the update and modules_to_save their trained values.
+
+        Raises:
+            UniLoRAError: the model is sharded by ``fully_shard``.
         """
+        if managed_by_fsdp(self.model):
+            raise UniLoRAError(
+                "detach: the model is sharded by fully_shard; disable() switches the adapter off, and a saved adapter "
+                "can be loaded into a whole model"
+            )
         if merge:
             self.enable()
             if not self.merged:
@@ -337,6 +354,9 @@ class Adapter:
             folder: made if it is missing. An adapter in it is replaced in one step: whenever the process is killed,
                 the folder holds the old adapter or the new one, whole.
             metadata: JSON values kept with the adapter, free for the application.
+
+        With several processes one of them calls this. Where torch's own ``fully_shard`` or ``parallelize_module``
+        shards theta_d or modules_to_save, the processes of one such group call it, and its first one writes.
         """
         from unilora_ext.checkpoint import save
 

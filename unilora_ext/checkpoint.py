@@ -34,6 +34,7 @@ from unilora_ext.adapter import Adapter, _attach, named_slots, plan, saved_tenso
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, UniLoRAError
 from unilora_ext.projections import projection_class
+from unilora_ext.sharded_tensors import copy_, full, is_writer, settle
 
 __all__ = ["AdapterFile", "load", "read", "save"]
 
@@ -81,6 +82,7 @@ class AdapterFile:
 
 def save(adapter: Adapter, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
     """Writes an adapter to `folder`; see :meth:`Adapter.save`."""
+    settle(adapter.model)
     config, projection = adapter.config, adapter.projection
     modules = [[name, slot.m, slot.n] for name, slot in named_slots(adapter)]
     tensors = {
@@ -88,6 +90,8 @@ def save(adapter: Adapter, folder: str | Path, metadata: dict[str, Any] | None =
         "modules_to_save": adapter.modules_to_save(),
     }
     contents = {kind: _safetensors_bytes(part) for kind, part in tensors.items() if part}
+    if not all(is_writer(tensor) for part in tensors.values() for tensor in part.values()):
+        return  # this process had to be there to gather the tensors; another one writes
     record: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -128,7 +132,7 @@ def save(adapter: Adapter, folder: str | Path, metadata: dict[str, Any] | None =
 
 
 def _safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+    return safetensors.torch.save({name: full(t).cpu().contiguous().clone() for name, t in tensors.items()})
 
 
 def _sha256(data: bytes) -> str:
@@ -278,7 +282,7 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     adapter = _attach(model, config, targets, projection, file.theta_d.to(device))
     with torch.no_grad():
         for name, tensor in saved.items():
-            tensor.data.copy_(file.modules_to_save[name])
+            copy_(tensor, file.modules_to_save[name])
     return adapter
 
 

@@ -19,7 +19,8 @@ from unilora_ext import ops
 from unilora_ext.config import UniLoRAConfig, default_d
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections import Projection, make_projection
-from unilora_ext.shared_vector import SharedVector, Slot
+from unilora_ext.sharded_tensors import exchange_, is_sharded, managed_by_fsdp
+from unilora_ext.shared_vector import Part, SharedVector, Slot
 
 __all__ = ["LayerState", "UniLoRALayer", "UniLoRALinear", "UniLoRAUpdate", "initial_theta_d", "updated_class"]
 
@@ -64,6 +65,11 @@ class UniLoRALayer(nn.Module):
         """Where the layer computes, and in which dtype if nothing else says so."""
         return self.weight.device, self.weight.dtype
 
+    @classmethod
+    def local_part(cls, linear: nn.Module, slot: Slot) -> Part:
+        """What this process holds of the factors of `linear`."""
+        return slot.part()
+
     @property
     def r(self) -> int:
         """Rank of the update."""
@@ -88,6 +94,11 @@ class UniLoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self._unilora
+        if is_sharded(self.weight):
+            raise UniLoRAError(
+                f"{self}: expected a whole weight here, got a DTensor: attach after parallelize_module, and call the "
+                "model that fully_shard was given, not a part of it"
+            )
         if state.original is not None or not state.vector.enabled:
             return super().forward(x)
         if self.training and state.dropout > 0:
@@ -110,18 +121,22 @@ class UniLoRALayer(nn.Module):
         """Folds the update into ``weight``, rounded once; the weight as it was is kept for :meth:`unmerge`.
 
         Raises:
-            UniLoRAError: merged already, or the sum is not finite; the weight is then unchanged.
+            UniLoRAError: merged already, the weight is sharded by fully_shard, or the sum is not finite; the weight is
+                then unchanged.
         """
         if self.merged:
             raise UniLoRAError("merge: this layer is merged already; call unmerge() first")
+        if managed_by_fsdp(self):
+            raise UniLoRAError(
+                "merge: the weight is sharded by fully_shard: save the adapter, load it into a whole model"
+            )
         delta = self.delta_weight()
         if self.fan_in_fan_out:
             delta = delta.T
         merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
         if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
             raise UniLoRAError("merge: weight + update is not finite in " + str(self.weight.dtype))
-        self._unilora.original = self.weight.data
-        self.weight.data = merged
+        self._unilora.original = exchange_(self.weight, merged)
 
     def unmerge(self) -> None:
         """Puts the weight back exactly as it was before :meth:`merge`.
@@ -132,7 +147,7 @@ class UniLoRALayer(nn.Module):
         original = self._unilora.original
         if original is None:
             raise UniLoRAError("unmerge: this layer is not merged")
-        self.weight.data = original.to(device=self.weight.device, dtype=self.weight.dtype)
+        exchange_(self.weight, original.to(device=self.weight.device, dtype=self.weight.dtype))
         self._unilora.original = None
 
     def extra_repr(self) -> str:

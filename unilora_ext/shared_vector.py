@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from unilora_ext import ops
+from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections import Projection, Rows
+from unilora_ext.sharded_tensors import full, is_sharded
 
-__all__ = ["SharedVector", "Slot"]
+__all__ = ["Part", "Reduction", "SharedVector", "Slot"]
 
 Factors = tuple[Tensor, Tensor]
 """(A [r, n], B [m, r])"""
@@ -20,8 +22,8 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a layer's factors lie in theta_D: vec_row(B [m, r]), then vec_row(A [r, n]) (paper, section 3.1), or A
-    before B (PEFT)."""
+    """Where a layer's factors lie in theta_D: vec_row(B [m, r]), then vec_row(A [r, n]) (paper, section 3.1); with
+    `a_first`, A before B (PEFT)."""
 
     start: int
     m: int
@@ -30,14 +32,59 @@ class Slot:
     a_first: bool = False
 
     @property
+    def stop(self) -> int:
+        return self.start + (self.m + self.n) * self.r
+
+    def part(
+        self,
+        outputs: tuple[int, int] | None = None,
+        inputs: tuple[int, int] | None = None,
+        reduction: Reduction | None = None,
+    ) -> Part:
+        """The factors of a slice of W: rows [m0, m1) of B and columns [n0, n1) of A; None: all of them."""
+        m0, m1 = outputs or (0, self.m)
+        n0, n1 = inputs or (0, self.n)
+        start_A = self.start if self.a_first else self.start + self.m * self.r
+        start_B = self.start + self.r * self.n if self.a_first else self.start
+        of_A = [(start_A + k * self.n + n0, start_A + k * self.n + n1) for k in range(self.r)]
+        of_B = [(start_B + m0 * self.r, start_B + m1 * self.r)]
+        ranges = _joined([*of_A, *of_B] if self.a_first else [*of_B, *of_A])
+        return Part(tuple(ranges), m1 - m0, n1 - n0, self.r, self.a_first, reduction)
+
+
+class Reduction(Protocol):
+    """What processes that hold parts of one layer do together. Hashable."""
+
+    def __call__(self, theta_d: Tensor) -> Tensor:
+        """theta_d; in the backward, its gradient is summed over the processes."""
+
+    def agree(self, theta_d: Tensor) -> None:
+        """Overwrites theta_d with that of the first process."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process holds of a layer's factors: all of them, or those of its slice of W.
+
+    Attributes:
+        ranges: the positions in theta_D of B [m, r], then of A [r, n]; with `a_first`, of A, then of B.
+        m, n: shape of the slice of W.
+        r: rank.
+        reduction: of the processes that hold the other parts; None where this part is the whole.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    m: int
+    n: int
+    r: int
+    a_first: bool = False
+    reduction: Reduction | None = None
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of the two factors as they lie in theta_D."""
         A, B = (self.r, self.n), (self.m, self.r)
         return (A, B) if self.a_first else (B, A)
-
-    @property
-    def stop(self) -> int:
-        return self.start + (self.m + self.n) * self.r
 
     def factors(self, first: Tensor, second: Tensor) -> Factors:
         """(A, B) from the two as they lie in theta_D."""
@@ -45,11 +92,15 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class _DeviceGroup:
-    """The slots whose layers lie on one device, in order, and their rows of P."""
+class _Group:
+    """The parts that are projected together, by slot, in order, and their rows of P."""
 
-    slot_ids: tuple[int, ...]
+    parts: dict[int, Part]
     rows: Rows
+
+
+_Place = tuple[torch.device, Reduction | None]
+"""What the parts of one projection have in common: the device and the reduction of the gradient."""
 
 
 class SharedVector(nn.Module):
@@ -64,15 +115,23 @@ class SharedVector(nn.Module):
         theta_d: [d], float32, or float64 in a float64 model: the trainable vector.
         projection: P.
         slots: where each layer's factors lie in theta_D.
+        parts: what this process holds of each.
         enabled: whether the layers add their update.
     """
 
-    def __init__(self, theta_d: Tensor | None, projection: Projection, slots: Sequence[Slot]) -> None:
+    def __init__(
+        self,
+        theta_d: Tensor | None,
+        projection: Projection,
+        slots: Sequence[Slot],
+        parts: Sequence[Part] | None = None,
+    ) -> None:
         super().__init__()
         if theta_d is not None:  # None: a subclass finds it elsewhere
             self.theta_d = nn.Parameter(theta_d)
         self.projection = projection
         self.slots = tuple(slots)
+        self.parts = tuple(slot.part() for slot in slots) if parts is None else tuple(parts)
         self.enabled = True
         self._forget()
 
@@ -86,7 +145,7 @@ class SharedVector(nn.Module):
         """Forward pre-hook of the model."""
         self._traced = torch.compiler.is_compiling()
         if not self._traced and self._groups is None:
-            self._groups = self._group_by_device(model)
+            self._groups = self._group_by_place(model)
         self._step = {}
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -94,64 +153,82 @@ class SharedVector(nn.Module):
         self._step, self._traced = None, False
 
     def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The factors of one layer, differentiable in theta_d."""
+        """The factors of one layer (of this process's part of it), differentiable in theta_d."""
         if torch.compiler.is_compiling():
             return self._traced_factors(slot_id, device, dtype)
-        step, groups = self._step, self._groups
+        step, groups, part = self._step, self._groups, self.parts[slot_id]
         if step is not None and groups is not None:
-            group = groups.get(device)
-            if group is not None and slot_id in group.slot_ids:
+            place = device, part.reduction
+            group = groups.get(place)
+            if group is not None and slot_id in group.parts:
                 # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
-                key = (device, dtype, torch.is_grad_enabled())
+                key = (place, dtype, torch.is_grad_enabled())
                 if key not in step:
-                    step[key] = self._project(group, device, dtype)
+                    step[key] = self._project(group, place, dtype)
                 return step[key][slot_id]
             self._groups = None  # the layer has moved to another device: look again at the next forward
-        return self._project(self._alone(slot_id, device), device, dtype)[slot_id]
+        return self._project_alone(slot_id, part, device, dtype)
 
-    def _project(self, group: _DeviceGroup, device: torch.device, dtype: torch.dtype) -> dict[int, Factors]:
-        shapes = [shape for i in group.slot_ids for shape in self.slots[i].shapes]
-        factors = ops.project_factors(self.theta_d.to(device), group.rows, shapes, dtype)
-        pairs = zip(group.slot_ids, factors[::2], factors[1::2], strict=True)
-        return {i: self.slots[i].factors(first, second) for i, first, second in pairs}
+    def whole_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
+        """The factors of one layer, whatever part of it this process holds."""
+        return self._project_alone(slot_id, self.slots[slot_id].part(), device, dtype)
+
+    def _project_alone(self, slot_id: int, part: Part, device: torch.device, dtype: torch.dtype) -> Factors:
+        group = _Group({slot_id: part}, self.projection.rows(device, part.ranges))
+        return self._project(group, (device, part.reduction), dtype)[slot_id]
+
+    def _project(self, group: _Group, place: _Place, dtype: torch.dtype) -> dict[int, Factors]:
+        device, reduction = place
+        theta_d = self._theta_d().to(device)
+        if reduction is not None:
+            theta_d = reduction(theta_d)
+        shapes = [shape for part in group.parts.values() for shape in part.shapes]
+        factors = ops.project_factors(theta_d, group.rows, shapes, dtype)
+        return _by_slot(group.parts, factors)
 
     def _traced_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """:meth:`factors` in a graph that torch.compile or torch.export traces. Where the graph is that of the whole
         model, the first layer projects for all."""
+        reduction = self.parts[slot_id].reduction
         whole = self._traced and device == self.theta_d.device
         step = self._step if whole else {}
-        key = (device, dtype, torch.is_grad_enabled())
+        key = ((device, reduction), dtype, torch.is_grad_enabled())
         if key not in step:
-            slots = self.slots if whole else self.slots[slot_id : slot_id + 1]
+            slot_ids = range(len(self.parts)) if whole else (slot_id,)
+            parts = {i: self.parts[i] for i in slot_ids if self.parts[i].reduction == reduction}
+            theta_d = self._theta_d().to(device)
             factors = ops.project_traced(
-                self.theta_d.to(device),
+                theta_d if reduction is None else reduction(theta_d),
                 self.projection,
-                ((slots[0].start, slots[-1].stop),),
-                [shape for slot in slots for shape in slot.shapes],
+                tuple(_joined([bounds for part in parts.values() for bounds in part.ranges])),
+                [shape for part in parts.values() for shape in part.shapes],
                 dtype,
             )
-            first = 0 if whole else slot_id
-            step[key] = {first + k: slot.factors(*factors[2 * k : 2 * k + 2]) for k, slot in enumerate(slots)}
+            step[key] = _by_slot(parts, factors)
         return step[key][slot_id]
 
-    def _alone(self, slot_id: int, device: torch.device) -> _DeviceGroup:
-        slot = self.slots[slot_id]
-        if len(self.slots) == 1:
-            return _DeviceGroup((slot_id,), self.projection.rows(device))
-        return _DeviceGroup((slot_id,), self.projection.rows(device, [(slot.start, slot.stop)]))
+    def _theta_d(self) -> Tensor:
+        if not is_sharded(self.theta_d):
+            return self.theta_d
+        if torch.is_grad_enabled():
+            raise UniLoRAError(
+                "theta_d is sharded by fully_shard, and whole only while the forward of the model runs: a layer called "
+                "alone has no gradient to give. unilora_ext.distributed.fully_shard keeps theta_d whole"
+            )
+        return full(self.theta_d)
 
-    def _group_by_device(self, model: nn.Module) -> dict[torch.device, _DeviceGroup]:
-        members: dict[torch.device, list[int]] = {}
-        for slot_id, device in self._places(model):
-            members.setdefault(device, []).append(slot_id)
+    def _group_by_place(self, model: nn.Module) -> dict[_Place, _Group]:
+        members: dict[_Place, set[int]] = {}
+        for slot_id, device in self._devices(model):
+            members.setdefault((device, self.parts[slot_id].reduction), set()).add(slot_id)
         groups = {}
-        for device, slot_ids in members.items():
-            slot_ids.sort()
-            ranges = _joined([(self.slots[i].start, self.slots[i].stop) for i in slot_ids])
-            groups[device] = _DeviceGroup(tuple(slot_ids), self.projection.rows(device, ranges))
+        for place, slot_ids in members.items():
+            parts = {slot_id: self.parts[slot_id] for slot_id in sorted(slot_ids)}
+            ranges = _joined([bounds for part in parts.values() for bounds in part.ranges])
+            groups[place] = _Group(parts, self.projection.rows(place[0], ranges))
         return groups
 
-    def _places(self, model: nn.Module) -> Iterator[tuple[int, torch.device]]:
+    def _devices(self, model: nn.Module) -> Iterator[tuple[int, torch.device]]:
         """(slot, device) of this vector's layers in `model`."""
         for module in model.modules():
             state = module.__dict__.get("_unilora")
@@ -161,12 +238,15 @@ class SharedVector(nn.Module):
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._step: dict[tuple[torch.device, torch.dtype, bool], dict[int, Factors]] | None = None
-        self._groups: dict[torch.device, _DeviceGroup] | None = None
+        self._step: dict[tuple[_Place, torch.dtype, bool], dict[int, Factors]] | None = None
+        self._groups: dict[_Place, _Group] | None = None
         self._traced = False  # whether the model's forward is being traced, as a whole
 
     def _apply(self, fn, recurse: bool = True):
+        before = self.theta_d.detach()
         super()._apply(fn, recurse)
+        if not before.is_meta and not self.theta_d.is_meta:
+            self.theta_d.data.copy_(before)  # to_empty() of a model built on meta is for the weights
         self._forget()
         return self
 
@@ -177,10 +257,18 @@ class SharedVector(nn.Module):
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
 
 
+def _by_slot(parts: dict[int, Part], factors: Sequence[Tensor]) -> dict[int, Factors]:
+    """The factors of each slot from all of them as they lie in theta_D."""
+    pairs = zip(factors[::2], factors[1::2], strict=True)
+    return {i: part.factors(first, second) for (i, part), (first, second) in zip(parts.items(), pairs, strict=True)}
+
+
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ascending ranges with neighbours merged."""
+    """Ranges with neighbours merged and empty ones left out; the order is kept."""
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
+        if start == stop:
+            continue
         if joined and joined[-1][1] == start:
             start = joined.pop()[0]
         joined.append((start, stop))

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensor
 
 from unilora_ext.errors import AttachError
 from unilora_ext.linear import UniLoRALayer, UniLoRALinear, updated_class
+from unilora_ext.sharded_tensors import is_sharded, managed_by_fsdp
 
 __all__ = ["Target", "find_modules", "find_targets"]
 
@@ -158,8 +159,19 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
             "expected a torch.nn.Linear, a transformers Conv1D, or another linear layer with in_features and "
             "out_features (a quantised one)"
         )
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-        raise refuse("its forward was replaced on the instance: attach before that step")
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:  # Accelerate's hooks keep the old one
+        raise refuse(
+            "its forward was replaced on the instance: attach before that step (a tp_plan of Transformers does it too: "
+            "load without it, and shard by torch's parallelize_module)"
+        )
+    if managed_by_fsdp(module):
+        raise refuse("its weight is sharded by fully_shard already: attach before that step")
+    if is_sharded(getattr(module, "weight", None)):
+        from unilora_ext.integrations.tensor_parallel import UniLoRAShardedLinear, why_not
+
+        if type(module) is not nn.Linear or why_not(module):
+            raise refuse(why_not(module) or "expected a torch.nn.Linear around a sharded weight")
+        return UniLoRAShardedLinear
     if type(module) is nn.Linear and _is_plain(module.weight):
         adapted_class: type[UniLoRALayer] = UniLoRALinear
     elif _is_conv1d(module):

@@ -62,7 +62,7 @@ def to_peft(adapter: Adapter, folder: str | Path) -> None:
         "init_weights": True,
         "save_indices": False,
     }
-    write_folder(folder, record, tensors)
+    write_folder(adapter, folder, record, tensors)
 
 
 def from_peft(model: nn.Module, folder: str | Path) -> Adapter:

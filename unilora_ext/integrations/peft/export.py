@@ -15,6 +15,7 @@ from unilora_ext.adapter import Adapter
 from unilora_ext.checkpoint import replace_file
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.ops import accumulator_dtype
+from unilora_ext.sharded_tensors import full, is_writer, settle
 
 __all__ = ["PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
 
@@ -35,6 +36,7 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
 
     PEFT loads all of it. vLLM and llama.cpp's converter refuse an adapter with modules_to_save.
     """
+    settle(adapter.model)
     config, tensors = adapter.config, {}
     with torch.no_grad():
         for name, layer in adapter.layers.items():
@@ -49,7 +51,7 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # PEFT and vLLM declare an integer
         "lora_dropout": config.dropout,
     }
-    write_folder(folder, record, tensors)
+    write_folder(adapter, folder, record, tensors)
 
 
 def common_record(adapter: Adapter) -> dict[str, Any]:
@@ -97,16 +99,15 @@ def _has_ending(name: str, endings: set[str]) -> bool:
     return False
 
 
-def write_folder(folder: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_folder(adapter: Adapter, folder: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes ``adapter_model.safetensors``, then ``adapter_config.json``, each in one step."""
+    whole = {name: full(tensor).cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if not all(map(is_writer, (adapter.theta_d, *adapter.modules_to_save().values()))):
+        return  # this process had to be there to gather the tensors; another one writes
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "adapter_model.safetensors", safetensors.torch.save(_plain(tensors), {"format": "pt"}))
+    replace_file(folder / "adapter_model.safetensors", safetensors.torch.save(whole, {"format": "pt"}))
     replace_file(folder / "adapter_config.json", json.dumps(record, indent=2).encode() + b"\n")
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
 
 
 def _task_type(model: torch.nn.Module) -> str | None:

@@ -34,7 +34,7 @@ class AdapterVector(SharedVector):
     def theta_d(self) -> Tensor:
         return self.parameters_by_name[self.name]
 
-    def _places(self, model: nn.Module) -> Iterator[tuple[int, torch.device]]:
+    def _devices(self, model: nn.Module) -> Iterator[tuple[int, torch.device]]:
         for layer in layers_of(model, self.name):
             yield layer.slot_ids[self.name], layer.weight.device
 
