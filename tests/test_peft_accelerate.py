@@ -337,3 +337,42 @@ def test_what_cannot_be_accelerated_is_refused_unchanged():
         with pytest.raises(ul.AttachError, match=message):
             accelerate(model)
         assert {name: type(module) for name, module in model.named_modules()} == classes
+
+
+def test_a_quantised_base_that_peft_leaves_without_an_adapter():
+    """PEFT casts its scales to the dtype of the packed weight, and only zeros are left of them."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def layer(n, m):
+        return bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, quant_type="nf4")
+
+    base = torch.nn.Sequential(layer(64, 96), torch.nn.ReLU(), layer(96, 32)).to("cpu")
+    x = torch.randn(5, 64)
+    before = base(x)
+    weights = [(m(torch.eye(m.in_features)) - m.bias).T.detach() for m in (base[0], base[2])]
+    model = peft.get_peft_model(base, peft.UniLoraConfig(r=3, theta_d_length=64, target_modules=["0", "2"]))
+    assert torch.equal(model(x), before)  # PEFT alone: no change
+    accelerate(model)
+    (theta_d,) = (p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        theta_d.mul_(20)
+    layers = [m for m in model.modules() if hasattr(m, "_get_lora_matrices")]
+    h = x
+    for module, W in zip(layers, weights, strict=True):
+        A, B = module._get_lora_matrices("default")
+        h = h @ (W + B @ A).T + module.base_layer.bias
+        h = torch.relu(h) if module is layers[0] else h
+    y = model(x)
+    torch.testing.assert_close(y, h, rtol=1e-4, atol=1e-4)
+    (expected,) = torch.autograd.grad(h.square().sum(), theta_d)
+    y.square().sum().backward()
+    assert expected.norm() > 0
+    torch.testing.assert_close(theta_d.grad, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_compiled():
+    _, fast = pair()
+    x = tokens()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), fast(x))
+    torch._dynamo.reset()

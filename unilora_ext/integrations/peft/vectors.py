@@ -85,7 +85,7 @@ def read_vector(layers: Sequence[Any], name: str) -> AdapterVector:
     """The vector of an adapter from PEFT's buffers, which are not changed.
 
     Raises:
-        UniLoRAError: buffers on the meta device, an index out of range, or scales that are not 1 / sqrt(n_j).
+        UniLoRAError: buffers on the meta device, an index out of range, or floating scales that are not 1 / sqrt(n_j).
     """
     parameters = layers[0].unilora_theta_d
     slots, indices, scales, start = [], [], [], 0
@@ -94,11 +94,14 @@ def read_vector(layers: Sequence[Any], name: str) -> AdapterVector:
             if part[name].is_meta:
                 raise UniLoRAError(f"adapter '{name}': expected loaded buffers, got some on the meta device")
             indices.append(part[name].flatten().int().cpu())
-        scales += [part[name].flatten().float().cpu() for part in (layer.unilora_scales_A, layer.unilora_scales_B)]
+        scales += [part[name].flatten().cpu() for part in (layer.unilora_scales_A, layer.unilora_scales_B)]
         slots.append(Slot(start, layer.out_features, layer.in_features, layer.r[name], a_first=True))
         start = slots[-1].stop
     projection = OneHotProjection(torch.cat(indices), parameters[name].numel())
-    _check_scales(projection, torch.cat(scales), name)
+    # PEFT casts the scales to the dtype of the base weight: of a quantised one, uint8, and zeros are left of them. The
+    # index says what they were.
+    if all(part.is_floating_point() for part in scales):
+        _check_scales(projection, torch.cat([part.float() for part in scales]), name)
     return AdapterVector(parameters, name, projection, slots)
 
 
