@@ -16,7 +16,12 @@ def renew() -> list[Path]:
     """Rewrites what stands between ``<!-- NAME table -->`` and ``<!-- end -->`` for each table whose results are
     there; returns the README's path if it changed."""
     before = text = README.read_text()
-    for name, needed, lines in (("demo", "demo.json", _demo), ("cpu", "projection-cpu.json", _cpu)):
+    tables = (
+        ("demo", "demo.json", _demo),
+        ("cpu", "projection-cpu.json", _cpu),
+        ("quantised", "quantised-cpu.json", _quantised),
+    )
+    for name, needed, lines in tables:
         begin, end = f"<!-- {name} table -->\n", "<!-- end -->"
         if begin in text and (RESULTS / needed).is_file():
             head, rest = text.split(begin, 1)
@@ -50,6 +55,17 @@ def _demo() -> list[str]:
 def _seeds(seeds: list[Row]) -> str:
     several = [f"{s['accuracy']:.4f} ({s['frozen']:.4f} frozen) with seed {s['seed']}" for s in seeds[1:]]
     return f"Other splits, orders and projections: {', '.join(several)}." if several else ""
+
+
+def _quantised() -> list[str]:
+    lines = ["| | change of the logits by the fresh adapter | norm of the gradient | loss before | loss after |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for row in load("quantised", "cpu"):
+        lines.append(
+            f"| {row['rival']} | {row['logit_change']:.2g} | {row['gradient_norm']:.2g} | {row['loss_before']:.4f} "
+            f"| {row['loss_after']:.4f} |"
+        )
+    return lines
 
 
 def _pick(rows: list[Row], **wanted: object) -> Row:
