@@ -101,13 +101,18 @@ class UniLoRALayer(nn.Module):
             )
         if state.original is not None or not state.vector.enabled:
             return super().forward(x)
-        if self.training and state.dropout > 0:
-            return self._update(super().forward(x), F.dropout(x, state.dropout))
+        if self._dropping():
+            return self._updated(super().forward(x), x)
         A, B = self.lora_factors(ops.autocast_dtype(x.device, self.weight.dtype))
         return ops.lora_linear(x, self.dense_weight(), self.bias, A, B, state.scaling)
 
-    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+    def _dropping(self) -> bool:
+        return self.training and self._unilora.dropout > 0
+
+    def _updated(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's own y with the update of x."""
         A, B = self.lora_factors(y.dtype)
+        x = F.dropout(x, self._unilora.dropout) if self._dropping() else x
         return ops.lora_update(y, x, A, B, self._unilora.scaling)
 
     @torch.no_grad()
@@ -166,11 +171,8 @@ class UniLoRAUpdate(UniLoRALayer):
         return held.device, ops.accumulator_dtype(theta_d.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state = self._unilora
         y = super(UniLoRALayer, self).forward(x, *args, **kwargs)
-        if not state.vector.enabled:
-            return y
-        return self._update(y, F.dropout(x, state.dropout, self.training))
+        return self._updated(y, x) if self._unilora.vector.enabled else y
 
     def merge(self) -> None:
         """Always an error.

@@ -118,9 +118,9 @@ class UniLoRAShardedLinear(UniLoRALinear):
         if state.original is not None or not state.vector.enabled:
             return self._spread(F.linear(local_x, weight, bias), x)
         A, B = self._local_factors(ops.autocast_dtype(x.device, self.weight.dtype))
-        if self.training and state.dropout > 0:
-            hidden = F.linear(F.dropout(local_x, state.dropout), A)
-            return self._spread(F.linear(local_x, weight, bias) + state.scaling * F.linear(hidden, B), x)
+        if self._dropping():
+            y, dropped = F.linear(local_x, weight, bias), F.dropout(local_x, state.dropout)
+            return self._spread(ops.lora_update(y, dropped, A, B, state.scaling), x)
         return self._spread(ops.lora_linear(local_x, weight, bias, A, B, state.scaling), x)
 
     def _laid_out(self, x: Any) -> DTensor:
