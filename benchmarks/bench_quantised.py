@@ -13,7 +13,8 @@ from common import Options, Row
 from rivals import adapted
 from torch import Tensor, nn
 
-from unilora_ext.cli.demo import MODEL, REVIEWS, _package_file, read_reviews
+from unilora_ext.cli.demo import MODEL, REVIEWS, read_reviews
+from unilora_ext.cli.packages import package_file
 
 KINDS = {"unilora_ext": 2e-2, "peft-unilora": 2e-2, "peft-lora": 2e-3}  # with the learning rate
 STEPS, ROWS, BATCH, LENGTH, R, D_SMALL = 30, 64, 16, 32, 4, 2048
@@ -35,7 +36,7 @@ def quantised(quant_type: str = "nf4", double: bool = True) -> nn.Module:
         llm_int8_skip_modules=["classifier"],
     )
     model = AutoModelForSequenceClassification.from_pretrained(
-        _package_file(*MODEL),
+        package_file(*MODEL),
         num_labels=2,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -50,8 +51,8 @@ def reviews() -> dict[str, Tensor]:
     """64 reviews as tensors."""
     from transformers import AutoTokenizer
 
-    rows = read_reviews(_package_file(*REVIEWS), seed=0)[:ROWS]
-    tokenizer = AutoTokenizer.from_pretrained(_package_file(*MODEL))
+    rows = read_reviews(package_file(*REVIEWS), seed=0)[:ROWS]
+    tokenizer = AutoTokenizer.from_pretrained(package_file(*MODEL))
     tokens = tokenizer(
         [row.text for row in rows], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
     )

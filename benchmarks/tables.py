@@ -20,6 +20,7 @@ def renew() -> list[Path]:
         ("demo", "demo.json", _demo),
         ("cpu", "projection-cpu.json", _cpu),
         ("quantised", "quantised-cpu.json", _quantised),
+        ("decoder", "decoder.json", _decoder),
     )
     for name, needed, lines in tables:
         begin, end = f"<!-- {name} table -->\n", "<!-- end -->"
@@ -66,6 +67,19 @@ def _quantised() -> list[str]:
             f"| {row['loss_after']:.4f} |"
         )
     return lines
+
+
+def _decoder() -> list[str]:
+    document = json.loads((RESULTS / "decoder.json").read_text())
+    machine, results, timing = document["machine"], document["results"], document["timing"]
+    rows, before, after = results["rows"], results["before"]["test"], results["test"]
+    return [
+        f"SmolLM2-135M from its GGUF file, one epoch of {rows['training'] + rows['validation']} film reviews in "
+        f"{timing['training_seconds']:.0f} seconds on",
+        f"{machine['cores']} cores: the perplexity of {rows['test']} other reviews ({after['tokens']:,} tokens) goes from "
+        f"{before['perplexity']:.1f} to {after['perplexity']:.1f},",
+        f"with {results['sizes']['d']:,} trained numbers (`benchmarks/record_decoder.py`).",
+    ]
 
 
 def _pick(rows: list[Row], **wanted: object) -> Row:
