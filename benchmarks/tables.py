@@ -76,9 +76,9 @@ def _decoder() -> list[str]:
     return [
         f"SmolLM2-135M from its GGUF file, one epoch of {rows['training'] + rows['validation']} film reviews in "
         f"{timing['training_seconds']:.0f} seconds on",
-        f"{machine['cores']} cores: the perplexity of {rows['test']} other reviews ({after['tokens']:,} tokens) goes from "
-        f"{before['perplexity']:.1f} to {after['perplexity']:.1f},",
-        f"with {results['sizes']['d']:,} trained numbers (`benchmarks/record_decoder.py`).",
+        f"{machine['cores']} cores: the perplexity of {rows['test']} other reviews ({after['tokens']:,} tokens) goes "
+        f"from {before['perplexity']:.1f} to",
+        f"{after['perplexity']:.1f}, with {results['sizes']['d']:,} trained numbers (`benchmarks/record_decoder.py`).",
     ]
 
 
