@@ -141,15 +141,24 @@ def test_merging_is_an_error_that_changes_nothing(net):
             assert not adapter.merged and torch.equal(net(x), before)
 
 
-def test_save_load_and_export(net, tmp_path):
+def test_saved_and_loaded(net, tmp_path):
     plain, x = copy.deepcopy(net), torch.randn(4, 64)
-    adapter = ul.attach(net, CONFIG)
-    adapter.save(tmp_path / "adapter")
-    adapter.export_lora(tmp_path / "lora")
-    assert (tmp_path / "lora/adapter_model.safetensors").is_file()
-    ul.load(plain, tmp_path / "adapter")
+    ul.attach(net, CONFIG).save(tmp_path)
+    ul.load(plain, tmp_path)
     with torch.no_grad():
         assert torch.equal(plain(x), net(x))
+
+
+@pytest.mark.parametrize("kind", ["nf4, double", "int8", "own linear"])
+def test_exported_lora_in_peft(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    net, x = Net(LAYERS[kind]).to("cpu"), torch.randn(4, 64)
+    plain = copy.deepcopy(net)
+    adapter = ul.attach(net, CONFIG)
+    adapter.export_lora(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).train()  # in evaluation bitsandbytes computes otherwise
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), net(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "packed"])
