@@ -83,6 +83,10 @@ def act(kind: str, data: dict[str, Tensor]) -> Row:
 def run(options: Options) -> list[Row]:
     if options.device != "cpu":
         return []
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # the head is new, as it should be
+    logging.disable_progress_bar()
     data = reviews()
     case: Row = {"bench": "quantised", "model": "all-MiniLM-L6-v2", "base": "bitsandbytes nf4, double", "steps": STEPS}
     return [{**case, "rival": kind, **act(kind, data)} for kind in KINDS]
