@@ -168,25 +168,6 @@ def test_a_second_process_is_kept_out(tmp_path):
         pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_python_drops_comes_at_the_end_of_the_step():
-    from unilora_ext.cli.interruption import Interruption
-
-    class Dropping:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)  # the handler runs here, and what it raises is ignored in a destructor
-
-    before = signal.getsignal(signal.SIGINT)
-    with Interruption() as interruption:
-        interruption.on_step_end()
-        dropping = Dropping()
-        del dropping
-        with pytest.raises(KeyboardInterrupt):
-            interruption.on_step_end()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_interrupted_by_the_keyboard(data, tmp_path):
     arguments = [sys.executable, "-m", "unilora_ext", *command(data, tmp_path / "run")]
     process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -17,7 +17,6 @@ import unilora_ext as ul
 from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli import checkpoints, distributed, report, sizes
 from unilora_ext.cli.errors import CliError
-from unilora_ext.cli.interruption import Interruption
 from unilora_ext.cli.model import Score, TaskModel, device_of
 from unilora_ext.cli.predict import describe
 from unilora_ext.cli.settings import CAUSAL_LM, Settings
@@ -60,9 +59,7 @@ def train(settings: Settings, task: TaskModel, rows: Rows, output: Path, started
     resumed = distributed.from_first(checkpoints.latest(folder))
     if resumed is not None:
         print(f"going on from {resumed}")
-    with Interruption() as interruption:
-        trainer.add_callback(interruption)
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     processes = distributed.world_size()
     first = distributed.is_first()
     distributed.leave()
