@@ -170,7 +170,14 @@ def test_a_second_process_is_kept_out(tmp_path):
 
 def test_interrupted_by_the_keyboard(data, tmp_path):
     arguments = [sys.executable, "-m", "unilora_ext", *command(data, tmp_path / "run")]
-    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's is ignored
+    )
     while not steps(tmp_path / "run", True):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
