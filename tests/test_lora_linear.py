@@ -94,6 +94,21 @@ def test_gradcheck(device, bias):
     assert torch.autograd.gradcheck(function, trained)
 
 
+def test_a_second_derivative_is_an_error(device):
+    """Of the function and of the update, and only where one is asked for."""
+    from unilora_ext import ops as functions
+
+    x, weight, b, A, B = inputs((4,), 6, 5, 2, torch.float64, device)
+    for function in (
+        lambda x: ul.lora_linear(x, weight, b, A, B),
+        lambda x: functions.lora_update(torch.zeros(4, 5, dtype=torch.float64, device=device), x, A, B),
+    ):
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            g.sum().backward()
+
+
 def test_only_wanted_gradients_are_computed(device):
     x, weight, b, A, B = inputs((4,), 6, 5, 2, torch.float32, device)
     A.requires_grad_()

@@ -6,8 +6,8 @@ traces, each function becomes the operator itself, whose shapes and derivatives 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,18 @@ __all__ = [
 ]
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def _once_differentiable(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's decorator, called only where a graph of the backward is made: it costs a small layer as much as its
+    low-rank part."""
+    guarded = once_differentiable(gradients)
+
+    def backward(ctx, *grads):
+        return (guarded if torch.is_grad_enabled() else gradients)(ctx, *grads)
+
+    return backward
+
 
 # ---- project --------------------------------------------------------------------------------------------------------
 
@@ -78,7 +90,7 @@ class ProjectFactorsFunction(torch.autograd.Function):
         return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, *grads):
         return ctx.rows.scatter(grads, ctx.dtype), None, None, None
 
@@ -173,7 +185,7 @@ class LoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, grad_y):
         with trace.span("unilora::lora_linear_backward"):
             return lora_gradients(ctx, grad_y)
@@ -192,7 +204,7 @@ class LoraUpdateFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, grad_y):
         x, h, A, B = ctx.saved_tensors
         _, *needs, _ = ctx.needs_input_grad
