@@ -19,6 +19,7 @@ from torch import nn
 # n = m, tokens, r
 CASES = [(1024, tokens, 4) for tokens in (16, 64, 256, 1024)] + [(1024, 256, 64), (384, 1024, 4), (384, 1024, 16)]
 KINDS = ("frozen", "unilora_ext", "peft-unilora", "peft-lora")
+OPERATORS = "unilora_ext, the operators alone"
 
 
 class One(nn.Module):
@@ -45,11 +46,13 @@ def run(options: Options) -> list[Row]:
             layer = layer.to(options.device, dtype)
             steps[kind] = _step(layer, kind, x, grad)
             saved[kind] = saved_bytes(layer, x)
+            if kind == "unilora_ext":
+                steps[OPERATORS] = _operators(layer.linear, x, grad)
         for count in options.threads if options.device == "cpu" else (None,):
             with threads(count or torch.get_num_threads()):
                 case: Row = {"n": width, "m": width, "tokens": tokens, "r": r, "threads": count}
                 for row in rows_of("lora_linear", case, measure(steps, options), "frozen"):
-                    rows.append({**row, "saved_bytes": saved[row["rival"]]})
+                    rows.append({**row, "saved_bytes": saved.get(row["rival"])})
     return rows
 
 
@@ -60,6 +63,20 @@ def _step(model: nn.Module, kind: str, x: torch.Tensor, grad: torch.Tensor) -> C
         factors = tuple(f.detach().requires_grad_() for f in layer.lora_factors())
         wanted, model.unilora.factors = [x, *factors], lambda *of: factors
     return lambda: torch.autograd.grad(layer(x), wanted, grad)
+
+
+def _operators(linear: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], Any]:
+    """The two operators and nothing else: what PyTorch's autograd and the layer's Python add is not in it."""
+    weight, bias = linear.weight, linear.bias
+    A, B = (factor.detach() for factor in linear.lora_factors())
+    operators = torch.ops.unilora
+
+    @torch.no_grad()
+    def call() -> None:
+        _, h = operators.lora_linear(x, weight, bias, A, B, 1.0)
+        operators.lora_linear_backward(grad, x, h, weight, A, B, 1.0, True, True, True)
+
+    return call
 
 
 def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
