@@ -29,7 +29,8 @@ def draw(device: str) -> list[Path]:
 
 def _style(rival: str) -> dict:
     colour = next((c for key, c in COLOURS.items() if rival.lower().startswith(key)), "#2ca02c")
-    dash = "--" if "computed" in rival or "compile" in rival or "lora" in rival.split("-")[-1:] else "-"
+    dashed = any(word in rival for word in ("computed", "compile", "alone")) or rival.endswith("-lora")
+    dash = "--" if dashed else "-"
     return {"color": colour, "linestyle": dash, "marker": "s" if "balanced" in rival else "o", "markersize": 4}
 
 
