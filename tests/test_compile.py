@@ -59,7 +59,7 @@ def test_inductor():
     assert_same(result(torch.compile(model, fullgraph=True), model, x), result(model, model, x))
 
 
-def test_one_projection_in_the_graph():
+def test_one_projection_a_forward():
     model = Tower()
     ul.attach(model, CONFIG)
     graphs = []
@@ -69,7 +69,7 @@ def test_one_projection_in_the_graph():
         return graph.forward
 
     torch.compile(model, fullgraph=True, backend=keep)(tokens())
-    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     assert called.count("unilora.project") + called.count("unilora.project.default") == 1
     assert called.count("unilora.lora_linear") + called.count("unilora.lora_linear.default") == 6
 
@@ -128,15 +128,53 @@ def test_layers_alone_autocast_and_dropout():
     torch.testing.assert_close(compiled(x), dropped(x))
 
 
-def test_gradient_checkpointing_of_a_transformers_model():
+def test_activation_checkpointing():
+    model, x = Tower(), tokens()
+    ul.attach(model, CONFIG)
+    expected = result(model, model, x)
+    model.checkpointing = "non-reentrant"
+    assert_same(result(torch.compile(model, fullgraph=True, backend="aot_eager"), model, x), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_transformers_model(checkpointing):
     transformers = pytest.importorskip("transformers")
     sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
+    dropout = dict(use_cache=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, **dropout)).train()
     ul.attach(model, ul.UniLoRAConfig(r=3, d=64, target_modules="all-linear", modules_to_save=["classifier"]))
-    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randint(0, 50, (3, 7))
-    assert_same(
-        result(lambda x: compiled(input_ids=x).logits, model, x), result(lambda x: model(input_ids=x).logits, model, x)
-    )
+    x = torch.randint(0, 50, (3, 7))
+    expected = result(lambda x: model(input_ids=x).logits, model, x)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # its hook breaks a graph, and only reentrant checkpointing needs it
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(result(lambda x: compiled(input_ids=x).logits, model, x), expected)
+
+
+def test_graph_breaks_and_another_adapter_under_the_same_compiled_model():
+    class Broken(Tower):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            for block in self.blocks:
+                x = block(x)
+                torch._dynamo.graph_break()
+            return self.head(x.mean(1))
+
+    for model in (Broken(), Tower()):
+        compiled, x = torch.compile(model, backend="aot_eager"), tokens()
+        for seed in range(3):
+            adapter = ul.attach(model, ul.UniLoRAConfig(**{**vars(CONFIG), "seed": seed}))
+            assert_same(result(compiled, model, x), result(model, model, x))
+            adapter.detach()
+
+
+def test_half_precision():
+    model, x = Tower().bfloat16(), tokens()
+    ul.attach(model, CONFIG)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("strict", [False, True])

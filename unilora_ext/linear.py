@@ -111,6 +111,8 @@ class UniLoRALayer(nn.Module):
 
     def _updated(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's own y with the update of x."""
+        if not isinstance(y, Tensor):
+            raise UniLoRAError(f"{self}: expected a layer that returns a tensor, got {type(y).__name__}")
         A, B = self.lora_factors(y.dtype)
         x = F.dropout(x, self._unilora.dropout) if self._dropping() else x
         return ops.lora_update(y, x, A, B, self._unilora.scaling)

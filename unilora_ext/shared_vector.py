@@ -143,14 +143,16 @@ class SharedVector(nn.Module):
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
-        self._traced = torch.compiler.is_compiling()
-        if not self._traced and self._groups is None:
+        if torch.compiler.is_compiling():
+            self._traced = self._trace_all() if self.enabled else None
+            return
+        if self._groups is None:
             self._groups = self._group_by_place(model)
         self._step = {}
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model, called when its forward raises too."""
-        self._step, self._traced = None, False
+        self._step = self._traced = None
 
     def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors of one layer (of this process's part of it), differentiable in theta_d."""
@@ -188,24 +190,33 @@ class SharedVector(nn.Module):
 
     def _traced_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """:meth:`factors` in a graph that torch.compile or torch.export traces. Where the graph is that of the whole
-        model, the first layer projects for all."""
-        reduction = self.parts[slot_id].reduction
-        whole = self._traced and device == self.theta_d.device
-        step = self._step if whole else {}
-        key = ((device, reduction), dtype, torch.is_grad_enabled())
-        if key not in step:
-            slot_ids = range(len(self.parts)) if whole else (slot_id,)
-            parts = {i: self.parts[i] for i in slot_ids if self.parts[i].reduction == reduction}
-            theta_d = self._theta_d().to(device)
-            factors = ops.project_traced(
-                theta_d if reduction is None else reduction(theta_d),
-                self.projection,
-                tuple(_joined([bounds for part in parts.values() for bounds in part.ranges])),
-                [shape for part in parts.values() for shape in part.shapes],
-                dtype,
-            )
-            step[key] = _by_slot(parts, factors)
-        return step[key][slot_id]
+        model, :meth:`begin` has projected for all; nothing is changed here, which checkpointed parts may not do."""
+        part = self.parts[slot_id]
+        if self._traced is not None and device == self.theta_d.device:
+            A, B = self._traced[part.reduction][slot_id]
+            return A.to(dtype), B.to(dtype)
+        return self._trace({slot_id: part}, part.reduction, device, dtype)[slot_id]
+
+    def _trace_all(self) -> dict[Reduction | None, dict[int, Factors]]:
+        """All factors in the dtype of the sums; rounded to another later, they are what the operator gives."""
+        together: dict[Reduction | None, dict[int, Part]] = {}
+        for slot_id, part in enumerate(self.parts):
+            together.setdefault(part.reduction, {})[slot_id] = part
+        dtype = ops.accumulator_dtype(self.theta_d.dtype)
+        return {r: self._trace(parts, r, self.theta_d.device, dtype) for r, parts in together.items()}
+
+    def _trace(
+        self, parts: dict[int, Part], reduction: Reduction | None, device: torch.device, dtype: torch.dtype
+    ) -> dict[int, Factors]:
+        theta_d = self._theta_d().to(device)
+        factors = ops.project_traced(
+            theta_d if reduction is None else reduction(theta_d),
+            self.projection,
+            tuple(_joined([bounds for part in parts.values() for bounds in part.ranges])),
+            [shape for part in parts.values() for shape in part.shapes],
+            dtype,
+        )
+        return _by_slot(parts, factors)
 
     def _theta_d(self) -> Tensor:
         if not is_sharded(self.theta_d):
@@ -240,7 +251,7 @@ class SharedVector(nn.Module):
     def _forget(self) -> None:
         self._step: dict[tuple[_Place, torch.dtype, bool], dict[int, Factors]] | None = None
         self._groups: dict[_Place, _Group] | None = None
-        self._traced = False  # whether the model's forward is being traced, as a whole
+        self._traced: dict[Reduction | None, dict[int, Factors]] | None = None  # while the model's forward is traced
 
     def _apply(self, fn, recurse: bool = True):
         before = self.theta_d.detach()
@@ -251,7 +262,7 @@ class SharedVector(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None, "_groups": None, "_traced": False}
+        return {**self.__dict__, "_step": None, "_groups": None, "_traced": None}
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
