@@ -17,6 +17,7 @@ from shapes import MINILM, ROBERTA_LARGE, Model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from traffic import Traffic
 
 import unilora_ext as ul
 
@@ -73,7 +74,7 @@ def _fsdp(rival: str, size: Model) -> Row:
 
 
 def _step(model: nn.Module, size: Model) -> Row:
-    with ul.distributed.Traffic() as traffic:
+    with Traffic() as traffic:
         model(torch.randn(2, size.modules[0][1])).square().mean().backward()
     reduced = traffic.bytes.get("allreduce", []) + traffic.bytes.get("reduce_scatter", [])
     return {"reduced_bytes": sum(reduced), "gathered_bytes": sum(traffic.bytes.get("allgather", []))}

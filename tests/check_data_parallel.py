@@ -23,9 +23,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from traffic import Traffic
 
 import unilora_ext as ul
-from unilora_ext.distributed import Traffic
 
 
 def check_ddp(folder):

@@ -20,9 +20,9 @@ from models import Tower, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from traffic import Traffic
 
 import unilora_ext as ul
-from unilora_ext.distributed import Traffic
 
 UNEVEN = dict(hidden=21, depth=3)  # 21, 22, 23 and 12 features on 2 and 4 processes
 FEW = dict(hidden=5, depth=1)  # 5 features on 4 processes: 2, 2, 1, 0

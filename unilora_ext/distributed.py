@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from unilora_ext.adapter import Adapter, get_adapter
 from unilora_ext.errors import UniLoRAError
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["Traffic", "fully_shard", "replicate"]
+__all__ = ["fully_shard", "replicate"]
 
 
 def fully_shard(
@@ -136,28 +134,3 @@ def _check_whole(model: nn.Module) -> None:
                     f"'{key}' is trained and was sharded by torch's fully_shard: expected it whole; call torch's on "
                     "the blocks without it (or with ignored_params), unilora_ext.distributed.fully_shard on the model"
                 )
-
-
-class Traffic(TorchDispatchMode):
-    """What this process gives to collectives while the mode is on::
-
-        with ul.distributed.Traffic() as traffic:
-            model(batch).loss.backward()
-        traffic.bytes                                    # {"allgather": [...], "allreduce": [4 * d]}
-
-    Attributes:
-        bytes: by kind of collective, the size of the larger of input and output of each call, in order.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: dict[str, list[int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        namespace, _, name = str(function.name()).partition("::")
-        if "c10d" in namespace and "wait" not in name:
-            kind = name.partition(".")[0].strip("_").removesuffix("_base").replace("all_", "all")
-            if not kind.startswith("wrap"):
-                tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-                self.bytes.setdefault(kind, []).append(max(t.nbytes for t in tensors))
-        return function(*args, **(kwargs or {}))
