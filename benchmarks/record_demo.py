@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Keeps the figures of finished runs of ``unilora demo`` in results/, and renews the README.
+"""Keeps the figures of finished runs of ``unilora demo`` in results/, and renews the tables.
 
 Of the first folder the whole report and the picture are kept, of the others the accuracies: ``unilora demo``,
 ``unilora demo --seed 1 --output demo-1``, then ``python benchmarks/record_demo.py unilora-demo demo-1``.

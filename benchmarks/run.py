@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the benchmarks, writes rows and pictures to results/, and renews the tables of the README.
+"""Runs the benchmarks, writes rows and pictures to results/, and renews the tables of the documentation.
 
     python benchmarks/run.py [projection lora_linear attach step quantised communication] [--device cpu]
                              [--seconds 3] [--threads 1 2]

@@ -1,4 +1,4 @@
-"""The README's tables, written from the rows in results/ between markers."""
+"""The documentation's tables, written from the rows in results/ between markers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from common import RESULTS, Row
 from limits import READS, UPDATES
 from pictures import load
 
-README = RESULTS.parents[1] / "README.md"
+ROOT = RESULTS.parents[1]
+END = "<!-- end -->"
 
 
 def renew() -> list[Path]:
-    """Rewrites what stands between ``<!-- NAME table -->`` and ``<!-- end -->`` for each table whose results are
-    there; returns the README's path if it changed."""
-    before = text = README.read_text()
-    tables = (
-        ("demo", "demo.json", _demo),
-        ("cpu", "projection-cpu.json", _cpu),
-        ("quantised", "quantised-cpu.json", _quantised),
-        ("decoder", "decoder.json", _decoder),
-    )
-    for name, needed, lines in tables:
-        begin, end = f"<!-- {name} table -->\n", "<!-- end -->"
-        if begin in text and (RESULTS / needed).is_file():
-            head, rest = text.split(begin, 1)
-            text = head + begin + "\n".join(lines()) + "\n" + end + rest.split(end, 1)[1]
-    README.write_text(text)
-    return [README] if text != before else []
+    """Rewrites what stands between ``<!-- NAME table -->`` and ``<!-- end -->`` in the README and in docs/, for each
+    table whose results are there; returns the paths of the pages that changed."""
+    changed = []
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        before = text = path.read_text()
+        for name, (needed, lines) in TABLES.items():
+            begin = f"<!-- {name} table -->\n"
+            if begin in text and (RESULTS / needed).is_file():
+                head, rest = text.split(begin, 1)
+                text = head + begin + "\n".join(lines()) + "\n" + END + rest.split(END, 1)[1]
+        if text != before:
+            path.write_text(text)
+            changed.append(path)
+    return changed
 
 
 def _demo() -> list[str]:
@@ -144,3 +143,46 @@ def _cpu() -> list[str]:
         f"| {kept[1]['bytes_per_element']:.0f} | {kept[1]['bytes_per_element'] / kept[0]['bytes_per_element']:.0f} |"
     )
     return lines
+
+
+def _peft() -> list[str]:
+    versions = json.loads((RESULTS / "projection-cpu.json").read_text())["machine"]["versions"]
+    passes = [
+        [
+            _pick(load("projection", "cpu"), **{"model": "Llama2-7B", "threads": 1, "pass": name, "rival": rival})
+            for name in ("forward", "backward")
+        ]
+        for rival in ("unilora_ext uniform", "PEFT UniLora")
+    ]
+    ours, peft = (" / ".join(f"{row['median_ms']:.3g}" for row in rows) for rows in passes)
+    shape = {"n": 1024, "tokens": 256, "r": 4, "threads": 1}
+    layer = [_pick(load("lora_linear", "cpu"), **shape, rival=rival) for rival in ("unilora_ext", "peft-unilora")]
+    kept = [
+        _pick(load("attach", "cpu"), bench="memory", model="Llama2-7B", rival=rival)["bytes_per_element"]
+        for rival in ("unilora_ext", "PEFT UniLora")
+    ]
+    return [
+        f"PEFT {versions['peft']} has Uni-LoRA as well; its column says what its own code did when it was tried. Times "
+        "are of one CPU thread.",
+        "",
+        "| | unilora_ext | PEFT's UniLora |",
+        "| --- | --- | --- |",
+        "| theta_D rebuilt | once a forward pass | two gathers in every layer |",
+        f"| projection of Llama2-7B's theta_D, forward / backward | {ours} ms | {peft} ms |",
+        f"| layer over the frozen layer, 1024 x 1024, 256 tokens | {layer[0]['ratio']:.2f} x "
+        f"| {layer[1]['ratio']:.2f} x |",
+        f"| bytes kept an element of theta_D | {kept[0]:.0f}, or 0 | {kept[1]:.0f} |",
+        "| 4-bit and 8-bit bases | the adapter acts | no effect: 0 change, 0 gradient |",
+        "| FSDP2 | d numbers reduced a step | TypeError in `fully_shard` |",
+        "| merge, then unmerge | weights equal to the bit | equal to rounding |",
+    ]
+
+
+TABLES = {
+    "demo": ("demo.json", _demo),
+    "decoder": ("decoder.json", _decoder),
+    "quantised": ("quantised-cpu.json", _quantised),
+    "cpu": ("projection-cpu.json", _cpu),
+    "peft": ("projection-cpu.json", _peft),
+}
+"""By name: the file in results/ that must be there, and what writes the lines."""

@@ -246,7 +246,7 @@ def _read_tensors(folder: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load(model: nn.Module, folder: str | Path) -> Adapter:
-    """Attaches the adapter of `folder` to a model.
+    """Attaches the adapter of `folder` to a model, which is unchanged where that fails.
 
     Args:
         model: the model the adapter was trained on, or one with the same modules. It must have no adapter yet.
@@ -259,7 +259,6 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
         AdapterFileError: the folder is damaged or foreign, or its modules are not the model's: the message lists the
             differences.
         AttachError: the model has an adapter already.
-        In every case the model is unchanged.
     """
     file = read(folder)
     try:

@@ -68,7 +68,8 @@ def to_peft(adapter: Adapter, folder: str | Path) -> None:
 def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
     """Attaches a checkpoint of PEFT's UniLora to a plain model: the same matrices, without PEFT's layers.
 
-    PEFT must be installed: its own rules say which modules the checkpoint adapts.
+    PEFT must be installed: its own rules say which modules the checkpoint adapts. Where this fails the model
+    is unchanged.
 
     Args:
         model: the model that PEFT wrapped, as it was before.
@@ -82,7 +83,6 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
             (trained biases, an index other than the seed's), or its tensors are not those of the model's modules.
         AttachError: the model has no such modules, or they cannot be adapted.
         UniLoRAError: PEFT is missing or too old, or a layer is used under two names.
-        In every case the model is unchanged.
     """
     folder = Path(folder)
     theirs = _read_config(folder)

