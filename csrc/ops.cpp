@@ -29,8 +29,9 @@ STABLE_TORCH_LIBRARY(unilora, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling) "
       "-> (Tensor y, Tensor h)");
-  // y += scaling h B^T, in place: the update of a layer whose own product is computed elsewhere. Returns h.
-  m.def("lora_update(Tensor(a!) y, Tensor x, Tensor A, Tensor B, float scaling) -> Tensor");
+  // y + scaling h B^T: the update of a layer whose own product is computed elsewhere. lora_update_ in place, returns h.
+  m.def("lora_update(Tensor y, Tensor x, Tensor A, Tensor B, float scaling) -> (Tensor updated, Tensor h)");
+  m.def("lora_update_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, float scaling) -> Tensor");
   // Of lora_linear; without a weight, of the update alone. A gradient that is not asked for comes back as an empty
   // tensor of shape [0].
   m.def(

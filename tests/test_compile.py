@@ -8,6 +8,7 @@ from models import Tower, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import unilora_ext as ul
+from unilora_ext import ops
 
 CONFIG = ul.UniLoRAConfig(r=3, d=64, target_modules=["up", "down"], modules_to_save=["head"], alpha=1.5, init_bound=0.5)
 
@@ -213,3 +214,17 @@ def test_cuda_graphs(mode):
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     for _ in range(3):
         assert_same(result(compiled, model, x), result(model, model, x))
+
+
+def test_a_compiled_update_keeps_h_in_float32():
+    """h of a float16 layer may pass 65,504 where the update does not."""
+    torch._dynamo.reset()
+    x, A, B, y = (
+        t.half()
+        for t in (torch.full((3, 8), 200.0), torch.full((2, 8), 200.0), torch.full((4, 2), 1e-3), torch.randn(3, 4))
+    )
+    expected = (y.double() + (x.double() @ A.double().T) @ B.double().T).half()
+    assert torch.isfinite(expected).all() and (x.float() @ A.float().T).max() > 65504
+    compiled = torch.compile(ops.lora_update, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(y.clone(), x, A, B), ops.lora_update(y.clone(), x, A, B))
+    torch.testing.assert_close(compiled(y.clone(), x, A, B), expected, rtol=2e-3, atol=2e-3)

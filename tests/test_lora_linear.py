@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import unilora_ext as ul
+from unilora_ext import ops as functions
 from unilora_ext import reference
 
 ops = torch.ops.unilora
@@ -94,19 +96,33 @@ def test_gradcheck(device, bias):
     assert torch.autograd.gradcheck(function, trained)
 
 
-def test_a_second_derivative_is_an_error(device):
-    """Of the function and of the update, and only where one is asked for."""
-    from unilora_ext import ops as functions
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
+def test_gradients_of_a_trained_weight(device, leading):
+    x, weight, b, A, B = inputs(leading, 6, 5, 2, torch.float64, device)
+    trained = [weight.requires_grad_(), b.requires_grad_()]
+    grad_y = torch.randn(*leading, 5, dtype=torch.float64, device=device)
+    actual = torch.autograd.grad(ul.lora_linear(x, weight, b, A, B), trained, grad_y)
+    expected = torch.autograd.grad(reference.lora_linear(x, weight, b, A, B, 1.0), trained, grad_y)
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
 
-    x, weight, b, A, B = inputs((4,), 6, 5, 2, torch.float64, device)
-    for function in (
-        lambda x: ul.lora_linear(x, weight, b, A, B),
-        lambda x: functions.lora_update(torch.zeros(4, 5, dtype=torch.float64, device=device), x, A, B),
-    ):
-        x = x.detach().requires_grad_()
-        (g,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            g.sum().backward()
+
+def test_flops_are_counted(device):
+    N, n, m, r = 6, 9, 7, 3
+    x, weight, b, A, B = inputs((2, 3), n, m, r, torch.float32, device)
+    dense, low_rank = 2 * N * n * m, 2 * N * r * (n + m)
+
+    def count(function):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    assert count(lambda: ul.lora_linear(x, weight, b, A, B)) == dense + low_rank
+    assert count(lambda: functions.lora_update(torch.zeros(2, 3, m, device=device), x, A, B)) == low_rank
+    for t in (x, A, B):
+        t.requires_grad_()
+    y = ul.lora_linear(x, weight, b, A, B)  # backward: u = dy B, dx = dy W + u A, dA = u^T x, dB = dy^T h
+    assert count(lambda: y.sum().backward()) == dense + 2 * low_rank
 
 
 def test_only_wanted_gradients_are_computed(device):

@@ -224,14 +224,14 @@ def test_lora_update_gradcheck_opcheck_and_bad_input():
     x, A, B, y = (torch.randn(*s, dtype=torch.float64) for s in [(5, 4), (2, 4), (3, 2), (5, 3)])
     inputs = [t.requires_grad_() for t in (y, x, A, B)]
     assert torch.autograd.gradcheck(lambda y, *rest: ops.lora_update(y * 1, *rest, -0.5), inputs)
-    op = torch.ops.unilora.lora_update
+    op = torch.ops.unilora.lora_update_
     torch.library.opcheck(op, (*(t.detach() for t in (y, x, A, B)), 2.0))
     for wrong, message in (
-        ((y[:4], x, A, B), r"lora_update: y: expected the leading shape of x and 3 columns, got \[4, 3\]"),
-        ((y.float(), x, A, B), "lora_update: y: expected dtype Double, got Float"),
-        ((y.mT.contiguous().mT, x, A, B), "lora_update: y: expected a contiguous tensor"),
-        ((y, x[:, :3], A, B), r"lora_update: x: expected shape \[..., 4\], got \[5, 3\]"),
-        ((y, x, A, B[:, :1]), r"lora_update: B: expected shape \[\*, 2\], got \[3, 1\]"),
+        ((y[:4], x, A, B), r"lora_update_: y: expected the leading shape of x and 3 columns, got \[4, 3\]"),
+        ((y.float(), x, A, B), "lora_update_: y: expected dtype Double, got Float"),
+        ((y.mT.contiguous().mT, x, A, B), "lora_update_: y: expected a contiguous tensor"),
+        ((y, x[:, :3], A, B), r"lora_update_: x: expected shape \[..., 4\], got \[5, 3\]"),
+        ((y, x, A, B[:, :1]), r"lora_update_: B: expected shape \[\*, 2\], got \[3, 1\]"),
     ):
         with pytest.raises(RuntimeError, match=message), torch.no_grad():
             op(*wrong, 1.0)

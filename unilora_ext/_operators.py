@@ -4,11 +4,10 @@ derivatives for who calls ``torch.ops.unilora`` directly, a compiled graph among
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 import unilora_ext._native  # noqa: F401  registers the operators
 
-__all__ = ["accumulator_dtype", "lora_gradients"]
+__all__ = ["accumulator_dtype"]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,6 +77,12 @@ def _(x, weight, bias, A, B, scaling):
 
 
 @torch.library.register_fake("unilora::lora_update")
+def _(y, x, A, B, scaling):
+    h = x.new_empty((*x.shape[:-1], A.shape[0]), dtype=accumulator_dtype(x.dtype))
+    return torch.empty_like(y, memory_format=torch.contiguous_format), h
+
+
+@torch.library.register_fake("unilora::lora_update_")
 def _(y, x, A, B, scaling):
     return x.new_empty((*x.shape[:-1], A.shape[0]), dtype=accumulator_dtype(x.dtype))
 
@@ -161,40 +166,11 @@ def _seeded_scatter_backward(ctx, grad_g_d):
     return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 5
 
 
-def _save_lora_linear(ctx, inputs, output):
-    x, weight, _, A, B, ctx.scaling = inputs
-    _, h = output
-    ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, h, weight, A, B)
-
-
-def lora_gradients(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias, A, B and (None) scaling. `ctx` has saved x, h, weight, A and B, and `scaling`."""
-    x, h, weight, A, B = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
-    grad_x = grad_A = grad_B = grad_weight = grad_bias = None
-    if need_x or need_A or need_B:
-        grads = torch.ops.unilora.lora_linear_backward(grad_y, x, h, weight, A, B, ctx.scaling, need_x, need_A, need_B)
-        grad_x, grad_A, grad_B = (g if need else None for g, need in zip(grads, (need_x, need_A, need_B), strict=True))
-    # W and b are frozen in Uni-LoRA; a caller that trains them all the same gets their plain gradients.
-    rows = grad_y.flatten(0, -2) if need_weight or need_bias else None
-    if need_weight:
-        grad_weight = rows.T @ x.flatten(0, -2)
-    if need_bias:
-        grad_bias = rows.sum(0)
-    return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
-
-
-def _lora_linear_backward(ctx, grad_y, _):
-    return lora_gradients(ctx, grad_y)
-
-
 for _name, _backward, _save in (
     ("project", _project_backward, _save_project),
     ("project_scatter", _scatter_backward, _save_scatter),
     ("project_segment_sum", _segment_sum_backward, _save_segment_sum),
     ("project_seeded", _seeded_backward, _save_seeded),
     ("project_seeded_scatter", _seeded_scatter_backward, _save_seeded_scatter),
-    ("lora_linear", _lora_linear_backward, _save_lora_linear),
 ):
     torch.library.register_autograd(f"unilora::{_name}", _backward, setup_context=_save)

@@ -6,17 +6,15 @@ traces, each function becomes the operator itself, whose shapes and derivatives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from unilora_ext import trace
-from unilora_ext._operators import accumulator_dtype, lora_gradients
+from unilora_ext._lora_linear import LoraLinearFunction, LoraUpdateFunction, autocast_dtype, autocasting
+from unilora_ext._operators import accumulator_dtype
 
 if TYPE_CHECKING:
     from unilora_ext.projections import Projection
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "accumulator_dtype",
     "autocast_dtype",
+    "graph_is_traced",
     "lora_linear",
     "lora_update",
     "project",
@@ -33,18 +32,13 @@ __all__ = [
     "project_transpose",
 ]
 
+
+def graph_is_traced() -> bool:
+    """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records what runs now."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 _HALF_TYPES = (torch.float16, torch.bfloat16)
-
-
-def _once_differentiable(gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's decorator, called only where a graph of the backward is made: it costs a small layer as much as its
-    low-rank part."""
-    guarded = once_differentiable(gradients)
-
-    def backward(ctx, *grads):
-        return (guarded if torch.is_grad_enabled() else gradients)(ctx, *grads)
-
-    return backward
 
 
 # ---- project --------------------------------------------------------------------------------------------------------
@@ -90,7 +84,6 @@ class ProjectFactorsFunction(torch.autograd.Function):
         return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx, *grads):
         return ctx.rows.scatter(grads, ctx.dtype), None, None, None
 
@@ -126,7 +119,7 @@ def project_factors(
         dtype: floating dtype of the result.
 
     Returns:
-        One matrix for each shape, differentiable in theta_d, once.
+        One matrix for each shape, differentiable in theta_d.
     """
     return ProjectFactorsFunction.apply(_widened(theta_d), rows, dtype, shapes)
 
@@ -171,59 +164,6 @@ def project_transpose(g_D: Tensor, rows: Rows, dtype: torch.dtype | None = None)
 # ---- lora_linear ----------------------------------------------------------------------------------------------------
 
 
-class LoraLinearFunction(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T. Saves x, h = x A^T, W, A and B."""
-
-    # The forward that takes ctx: with a setup_context of its own, PyTorch inspects the signature in every call, which
-    # costs a small layer as much as its low-rank part.
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling):
-        with trace.span("unilora::lora_linear"):
-            y, h = torch.ops.unilora.lora_linear(x, weight, bias, A, B, scaling)
-        ctx.save_for_backward(x, h, weight, A, B)
-        ctx.scaling = scaling
-        return y
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx, grad_y):
-        with trace.span("unilora::lora_linear_backward"):
-            return lora_gradients(ctx, grad_y)
-
-
-class LoraUpdateFunction(torch.autograd.Function):
-    """y + s (x A^T) B^T, in y's memory. Saves x, h = x A^T, A and B."""
-
-    @staticmethod
-    def forward(ctx, y, x, A, B, scaling):
-        with trace.span("unilora::lora_update"):
-            h = torch.ops.unilora.lora_update(y, x, A, B, scaling)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, h, A, B)
-        ctx.scaling = scaling
-        return y
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx, grad_y):
-        x, h, A, B = ctx.saved_tensors
-        _, *needs, _ = ctx.needs_input_grad
-        with trace.span("unilora::lora_update_backward"):
-            grads = torch.ops.unilora.lora_linear_backward(grad_y, x, h, None, A, B, ctx.scaling, *needs)
-        return grad_y, *(g if need else None for g, need in zip(grads, needs, strict=True)), None
-
-
-def _autocasting(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a linear layer computes: autocast's where it is on (float64 is left alone), else `dtype`."""
-    if dtype != torch.float64 and _autocasting(device):
-        return torch.get_autocast_dtype(device.type)
-    return dtype
-
-
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """``y = x W^T + b + scaling (x A^T) B^T``, differentiable in x, A and B.
 
@@ -242,13 +182,13 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit; the message names the argument.
     """
-    if _autocasting(x.device):
+    if autocasting(x.device):
         dtype = autocast_dtype(x.device, x.dtype)
         x, weight, A, B = (t.to(dtype) for t in (x, weight, A, B))
         bias = None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():
+    if graph_is_traced():
         return torch.ops.unilora.lora_linear(x, weight, bias, A, B, float(scaling))[0]
-    return LoraLinearFunction.apply(x, weight, bias, A, B, float(scaling))
+    return LoraLinearFunction.apply(x, weight, bias, A, B, float(scaling))[0]
 
 
 def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
@@ -265,8 +205,8 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0
         [..., m], in the dtype of y.
     """
     x = x.to(y.dtype)
-    if torch.compiler.is_compiling():
-        return y + scaling * F.linear(F.linear(x, A), B)
+    if graph_is_traced():
+        return torch.ops.unilora.lora_update(y, x, A, B, float(scaling))[0]
     if not y.is_contiguous() or y._is_view() or (y.is_leaf and y.requires_grad):
         y = y.clone(memory_format=torch.contiguous_format)
     return LoraUpdateFunction.apply(y, x, A, B, float(scaling))

@@ -143,7 +143,7 @@ class SharedVector(nn.Module):
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
-        if torch.compiler.is_compiling():
+        if ops.graph_is_traced():
             self._traced = self._trace_all() if self.enabled else None
             return
         if self._groups is None:
@@ -156,7 +156,7 @@ class SharedVector(nn.Module):
 
     def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors of one layer (of this process's part of it), differentiable in theta_d."""
-        if torch.compiler.is_compiling():
+        if ops.graph_is_traced():
             return self._traced_factors(slot_id, device, dtype)
         step, groups, part = self._step, self._groups, self.parts[slot_id]
         if step is not None and groups is not None:

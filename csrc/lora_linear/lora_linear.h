@@ -88,6 +88,13 @@ inline Tensor rows_of(const Tensor& t, int64_t N, int64_t last) {
   return rows.dim() == 2 ? rows : torch::stable::view(rows, {N, last});
 }
 
+// A kernel writes into what ATen made, which must be what was asked for.
+inline void check_product(const char* op, const char* product, const Tensor& t, const Tensor& rows, int64_t last) {
+  check_dtype(op, product, t, rows.scalar_type());
+  check_shape(op, product, t, {rows.size(0), last});
+  if (!t.is_contiguous()) fail(op, product, ": expected a contiguous result");
+}
+
 template <typename Kernels>
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                        const Tensor& A, const Tensor& B, double scaling) {
@@ -109,6 +116,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     // Around the dense product: it finds x in the cache, and the update finds y there.
     kernels.dot(const_data<T>(rows), s.N, s.n, const_data<T>(a), FactorLayout::kRankMajor, s.r, data<Acc>(h));
     y = call_linear(rows, weight, bias);
+    check_product(op, "aten::linear", y, rows, s.m);
     kernels.rank_update(data<T>(y), s.N, s.m, const_data<Acc>(h), s.r, const_data<T>(b), FactorLayout::kRankMinor,
                         scaling);
   });
@@ -116,8 +124,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
 }
 
 template <typename Kernels>
-Tensor lora_update(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scaling) {
-  constexpr auto op = "lora_update";
+Tensor lora_update_in_place(const char* op, const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
+                            double scaling) {
   const LoraLinearSizes s = check_lora_linear(op, x, std::nullopt, A, B);
   check_beside_x(op, "y", y, x, s);
   if (!y.is_contiguous()) fail(op, "y: expected a contiguous tensor");
@@ -133,6 +141,19 @@ Tensor lora_update(const Tensor& y, const Tensor& x, const Tensor& A, const Tens
                         scaling);
   });
   return with_leading(h, s.leading, s.r);
+}
+
+template <typename Kernels>
+Tensor lora_update_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scaling) {
+  return lora_update_in_place<Kernels>("lora_update_", y, x, A, B, scaling);
+}
+
+template <typename Kernels>
+std::tuple<Tensor, Tensor> lora_update(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
+                                       double scaling) {
+  const Tensor sum = y.is_contiguous() ? torch::stable::clone(y) : torch::stable::contiguous(y);
+  const Tensor h = lora_update_in_place<Kernels>("lora_update", sum, x, A, B, scaling);
+  return {sum, h};
 }
 
 template <typename Kernels>
@@ -176,6 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
       grad_x = torch::stable::new_empty(dy, {0});
     } else if (weight.has_value()) {
       grad_x = torch::stable::matmul(dy, *weight);
+      check_product(op, "aten::matmul", grad_x, dy, s.n);
     } else {
       grad_x = torch::stable::new_zeros(dy, {s.N, s.n});
     }
@@ -194,7 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
 
 }  // namespace unilora
 
-#define UNILORA_IMPL_LORA_LINEAR(m, Kernels)                        \
-  m.impl("lora_linear", TORCH_BOX(&unilora::lora_linear<Kernels>)); \
-  m.impl("lora_update", TORCH_BOX(&unilora::lora_update<Kernels>)); \
+#define UNILORA_IMPL_LORA_LINEAR(m, Kernels)                          \
+  m.impl("lora_linear", TORCH_BOX(&unilora::lora_linear<Kernels>));   \
+  m.impl("lora_update", TORCH_BOX(&unilora::lora_update<Kernels>));   \
+  m.impl("lora_update_", TORCH_BOX(&unilora::lora_update_<Kernels>)); \
   m.impl("lora_linear_backward", TORCH_BOX(&unilora::lora_linear_backward<Kernels>))
