@@ -122,11 +122,11 @@ def test_arguments_of_the_wrong_kind():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(r=0), "r: expected an integer >= 1, got 0"),
-        (dict(r=4.0), r"r: expected an integer >= 1, got 4\.0"),
-        (dict(d=-3), "d: expected an integer >= 1 or None, got -3"),
+        (dict(r=0), r"r: expected an integer in \[1, 2\^31\), got 0"),
+        (dict(r=4.0), r"r: expected an integer in \[1, 2\^31\), got 4\.0"),
+        (dict(d=-3), r"d: expected an integer in \[1, 2\^31\) or None, got -3"),
         (dict(seed=2**63), r"seed: expected an integer in \[0, 2\^63\)"),
-        (dict(alpha="8"), "alpha: expected a number or None, got '8'"),
+        (dict(alpha="8"), "alpha: expected a finite number or None, got '8'"),
         (dict(dropout=1.0), r"dropout: expected a number in \[0, 1\), got 1\.0"),
         (dict(init_bound=0.0), r"init_bound: expected a number > 0, got 0\.0"),
         (dict(projection="unifrom"), r"projection: expected one of \['balanced', 'peft', 'uniform'\], got 'unifrom'"),

@@ -219,7 +219,7 @@ def test_from_peft_refuses_and_leaves_the_model(tmp_path):
     cases = [
         (tmp_path / "empty", "expected a PEFT checkpoint with adapter_config.json, found none"),
         (lora, "peft_type: expected 'UNILORA', got 'LORA'"),
-        (damaged("json", lambda f: (f / "adapter_config.json").write_text("{")), "expected the configuration"),
+        (damaged("json", lambda f: (f / "adapter_config.json").write_text("{")), "expected JSON, the file is"),
         (damaged("bias", lambda f: change_json(f, bias="all")), "bias: expected 'none'"),
         (damaged("d", lambda f: change_json(f, theta_d_length=65)), r"shape \[65\], got torch.float32 of shape \[64\]"),
         (damaged("gone", lambda f: (f / "adapter_model.safetensors").unlink()), "adapter_model.safetensors, found"),
