@@ -89,6 +89,55 @@ def test_saving_while_disabled_or_merged_keeps_the_trained_values(tmp_path):
         assert torch.equal(again.modules_to_save["head.weight"], before.modules_to_save["head.weight"])
 
 
+def test_metadata_is_read_back_as_it_was(tmp_path):
+    metadata = {
+        "z": [1, -2.5, 1e-300, True, None, "é漢🙂\n\0"], "a": {"": {}, "b": []}, "2": 2**70, "deep": nested(98),
+    }  # fmt: skip
+    _, folder = trained(tmp_path, metadata=metadata)
+    assert ul.read(folder).metadata == metadata and list(ul.read(folder).metadata) == list(metadata)
+    ul.get_adapter(trained(tmp_path)[0]).save(folder, {"pair": (1, (2, 3))})
+    assert ul.read(folder).metadata == {"pair": [1, [2, 3]]}
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+CIRCLE: list = []
+CIRCLE.append(CIRCLE)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({1: "a"}, r"metadata: expected strings as keys, which JSON makes of all of them; got 1"),
+        ({"a": [{None: 1}]}, r"metadata\['a'\]: expected strings as keys, .*; got None"),
+        ({"a": {"b": float("nan")}}, r"metadata\['a'\]\['b'\]: expected a finite number, got nan"),
+        ({"a": [float("-inf")]}, r"metadata\['a'\]: expected a finite number, got -inf"),
+        ({"a": "\ud800"}, r"metadata\['a'\]: expected Unicode text"),
+        ({"\udfff": 1}, "metadata: expected Unicode text"),
+        ({"a": {1, 2}}, r"metadata\['a'\]: expected a JSON value, got \{1, 2\} \(set\)"),
+        ({"a": torch.zeros(())}, r"expected a JSON value, got tensor\(0\.\) \(Tensor\)"),
+        ({"a": 10**5000}, r"metadata\['a'\]: expected an integer of at most 1024 bits, got 16610"),
+        ({"a": nested(99)}, r"metadata\['a'\]: expected at most 100 levels of nesting"),
+        ({"a": CIRCLE}, "expected at most 100 levels of nesting"),
+        ([1], "metadata: expected 'object', got 'array'"),
+        ("text", "metadata: expected 'object', got 'str'"),
+    ],
+)
+def test_metadata_that_would_not_be_read_back_is_refused(tmp_path, metadata, message):
+    model, folder = trained(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(ul.UniLoRAError, match=message):
+            ul.get_adapter(model).save(target, metadata)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
     model, folder = trained(tmp_path)
     before, replace, calls = ul.read(folder), os.replace, []

@@ -20,5 +20,5 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deep; an integer of too many digits
-        return f"a {type(value).__name__} too large to show"
+        return f"{type(value).__name__} too large to show"
     return text if len(text) <= 200 else text[:197] + "..."

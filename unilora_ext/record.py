@@ -159,7 +159,7 @@ def parse_json(data: bytes, path: Path) -> Any:
         raise AdapterFileError(f"{path}: expected at most {MOST_BYTES} bytes of JSON, got {len(data)}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
-        check_json(value, "the value")
+        check_json(value, "the value", MOST_LEVELS + 1)  # one more than the metadata inside
     except (ValueError, RecursionError) as error:  # of these: UnicodeDecodeError, JSONDecodeError, UniLoRAError
         raise AdapterFileError(f"{path}: expected JSON, the file is truncated or damaged ({error})") from error
     return value
