@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -97,6 +98,16 @@ def test_metadata_is_read_back_as_it_was(tmp_path):
     assert ul.read(folder).metadata == metadata and list(ul.read(folder).metadata) == list(metadata)
     ul.get_adapter(trained(tmp_path)[0]).save(folder, {"pair": (1, (2, 3))})
     assert ul.read(folder).metadata == {"pair": [1, [2, 3]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"), [("org/model", "org/model"), (Path("/a/b"), "/a/b"), ("/m\udcff", "/m?"), ("", None)]
+)
+def test_the_name_of_the_base_model_never_keeps_an_adapter_from_being_saved(tmp_path, name, stored):
+    model = Tower()
+    model.config = SimpleNamespace(_name_or_path=name)
+    ul.attach(model, CONFIG).save(tmp_path)
+    assert ul.read(tmp_path).record["base_model"] == stored
 
 
 def nested(levels):
@@ -195,6 +206,8 @@ def test_killed_in_mid_save_the_folder_still_loads(tmp_path):
         step = float(file.theta_d[0])
         assert (file.theta_d == step).all() and (file.modules_to_save["head.bias"] == step).all()
         assert step in (last, last + 1), (step, last)
+    trained(tmp_path)
+    assert len(list((tmp_path / "adapter").iterdir())) == 3, "what the killed saves left"
 
 
 # ---- files that must be refused -------------------------------------------------------------------------------------

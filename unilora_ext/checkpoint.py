@@ -125,9 +125,15 @@ def _describe(adapter: Adapter, metadata: dict[str, Any]) -> dict[str, Any]:
         "modules": modules,
         "fingerprint": digest(modules),
         "config": asdict(config),
-        "base_model": getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None,
+        "base_model": _base_model(adapter.model),
         "metadata": metadata,
     }
+
+
+def _base_model(model: nn.Module) -> str | None:
+    """What a Transformers model calls itself: for people. A path that is not Unicode is shown as far as it is."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(name).encode(errors="replace").decode() if name else None
 
 
 def _encode(

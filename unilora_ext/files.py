@@ -17,7 +17,7 @@ from unilora_ext.errors import AdapterFileError, UniLoRAError
 try:
     import fcntl
 except ImportError:  # not a POSIX system: as a file system without locks
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 __all__ = ["locked", "open_file", "read_all", "replace_file", "sweep"]
 
