@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -89,6 +90,65 @@ def test_saving_while_disabled_or_merged_keeps_the_trained_values(tmp_path):
         assert torch.equal(again.modules_to_save["head.weight"], before.modules_to_save["head.weight"])
 
 
+def test_metadata_is_read_back_as_it_was(tmp_path):
+    metadata = {
+        "z": [1, -2.5, 1e-300, True, None, "é漢🙂\n\0"], "a": {"": {}, "b": []}, "2": 2**70, "deep": nested(98),
+    }  # fmt: skip
+    _, folder = trained(tmp_path, metadata=metadata)
+    assert ul.read(folder).metadata == metadata and list(ul.read(folder).metadata) == list(metadata)
+    ul.get_adapter(trained(tmp_path)[0]).save(folder, {"pair": (1, (2, 3))})
+    assert ul.read(folder).metadata == {"pair": [1, [2, 3]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"), [("org/model", "org/model"), (Path("/a/b"), "/a/b"), ("/m\udcff", "/m?"), ("", None)]
+)
+def test_the_name_of_the_base_model_never_keeps_an_adapter_from_being_saved(tmp_path, name, stored):
+    model = Tower()
+    model.config = SimpleNamespace(_name_or_path=name)
+    ul.attach(model, CONFIG).save(tmp_path)
+    assert ul.read(tmp_path).record["base_model"] == stored
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+CIRCLE: list = []
+CIRCLE.append(CIRCLE)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({1: "a"}, r"metadata: expected strings as keys, which JSON makes of all of them; got 1"),
+        ({"a": [{None: 1}]}, r"metadata\['a'\]: expected strings as keys, .*; got None"),
+        ({"a": {"b": float("nan")}}, r"metadata\['a'\]\['b'\]: expected a finite number, got nan"),
+        ({"a": [float("-inf")]}, r"metadata\['a'\]: expected a finite number, got -inf"),
+        ({"a": "\ud800"}, r"metadata\['a'\]: expected Unicode text"),
+        ({"\udfff": 1}, "metadata: expected Unicode text"),
+        ({"a": {1, 2}}, r"metadata\['a'\]: expected a JSON value, got \{1, 2\} \(set\)"),
+        ({"a": torch.zeros(())}, r"expected a JSON value, got tensor\(0\.\) \(Tensor\)"),
+        ({"a": 10**5000}, r"metadata\['a'\]: expected an integer of at most 1024 bits, got 16610"),
+        ({"a": nested(99)}, r"metadata\['a'\]: expected at most 100 levels of nesting"),
+        ({"a": CIRCLE}, "expected at most 100 levels of nesting"),
+        ([1], "metadata: expected 'object', got 'array'"),
+        ("text", "metadata: expected 'object', got 'str'"),
+    ],
+)
+def test_metadata_that_would_not_be_read_back_is_refused(tmp_path, metadata, message):
+    model, folder = trained(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(ul.UniLoRAError, match=message):
+            ul.get_adapter(model).save(target, metadata)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
     model, folder = trained(tmp_path)
     before, replace, calls = ul.read(folder), os.replace, []
@@ -146,6 +206,8 @@ def test_killed_in_mid_save_the_folder_still_loads(tmp_path):
         step = float(file.theta_d[0])
         assert (file.theta_d == step).all() and (file.modules_to_save["head.bias"] == step).all()
         assert step in (last, last + 1), (step, last)
+    trained(tmp_path)
+    assert len(list((tmp_path / "adapter").iterdir())) == 3, "what the killed saves left"
 
 
 # ---- files that must be refused -------------------------------------------------------------------------------------
@@ -214,7 +276,7 @@ REFUSED = {
         lambda f: edit_json(f, lambda r: r["projection"].update(version=7)),
         "projection.version: expected 1, got 7",
     ),
-    "a missing entry": (lambda f: edit_json(f, lambda r: r.pop("modules")), "incomplete or malformed: KeyError"),
+    "a missing entry": (lambda f: edit_json(f, lambda r: r.pop("modules")), "missing required field 'modules'"),
     "contradicting sizes": (lambda f: edit_json(f, lambda r: r.update(D=5)), "D: expected .*, got 5"),
     "tensors missing": (lambda f: theta_file(f).unlink(), "expected this file, as adapter.json says; it is missing"),
     "tensors truncated": (
@@ -224,7 +286,7 @@ REFUSED = {
     "tensors changed": (lambda f: flip_a_byte(theta_file(f)), "does not match its SHA-256"),
     "tensors of another length": (
         foreign_tensors,
-        r"theta_d: expected a floating tensor of shape \[64\], got .* \[63\]",
+        r"theta_d: expected float16, .* of shape \[64\], got .* \[63\]",
     ),
     "not safetensors": (not_safetensors, "expected safetensors"),
 }

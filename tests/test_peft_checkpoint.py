@@ -219,7 +219,7 @@ def test_from_peft_refuses_and_leaves_the_model(tmp_path):
     cases = [
         (tmp_path / "empty", "expected a PEFT checkpoint with adapter_config.json, found none"),
         (lora, "peft_type: expected 'UNILORA', got 'LORA'"),
-        (damaged("json", lambda f: (f / "adapter_config.json").write_text("{")), "expected the configuration"),
+        (damaged("json", lambda f: (f / "adapter_config.json").write_text("{")), "expected JSON, the file is"),
         (damaged("bias", lambda f: change_json(f, bias="all")), "bias: expected 'none'"),
         (damaged("d", lambda f: change_json(f, theta_d_length=65)), r"shape \[65\], got torch.float32 of shape \[64\]"),
         (damaged("gone", lambda f: (f / "adapter_model.safetensors").unlink()), "adapter_model.safetensors, found"),
@@ -250,3 +250,109 @@ def test_from_peft_refuses_and_leaves_the_model(tmp_path):
     other = Tower(classes=4)
     with pytest.raises(ul.AdapterFileError, match=r"'head.weight': in the adapter \[5, 12\], in the model \[4, 12\]"):
         from_peft(other, damaged("shape", lambda f: None))
+
+
+class GPTQLinear(nn.Module):
+    """As auto-gptq's layers are: no ``weight`` at all."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", (linear.weight.detach() * 1e6).round().int())
+
+    def forward(self, x):
+        return x @ (self.qweight / 1e6).to(x.dtype).T
+
+
+def test_from_peft_on_layers_without_a_weight(tmp_path):
+    model, x = Tower(), tokens()
+    theirs = saved_by_peft(model, tmp_path, target_modules=["down"])
+    for block in model.blocks:
+        block.down = GPTQLinear(block.down)
+    adapter = from_peft(model, tmp_path)
+    assert adapter.theta_d.dtype == torch.float32
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-3, atol=1e-4)
+
+
+def test_from_peft_with_a_sharded_head(tmp_path):
+    """The tensors of the folder are whole; each process takes its part."""
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    model = Tower()
+    theirs = saved_by_peft(model, tmp_path / "theirs", modules_to_save=["head"])
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Shard(0)]))
+        from_peft(model, tmp_path / "theirs")
+        assert isinstance(model.head.weight, DTensor)
+        trained = theirs.base_model.model.head.modules_to_save["default"].weight
+        assert torch.equal(model.head.weight.detach().full_tensor(), trained)
+    finally:
+        distributed.destroy_process_group()
+
+
+HOSTILE = {
+    "r": [None, "3", 0, -1, 3.0, True, [3], 2**40, 10**400],
+    "theta_d_length": [None, "64", 64.0, 0, -1, 2**63],
+    "proj_seed": [None, "x", -1, 2**63, 1.5],
+    "unilora_dropout": ["x", 1.5, None, [], -0.1],
+    "init_theta_d_bound": ["x", 0, -1.0, None],
+    "target_modules": [3, [3], {"up": 1}, "(", "(" * 3000, [], "", None, {}, [["up"]]],
+    "exclude_modules": ["(", 3, [3], {"a": 1}],
+    "modules_to_save": ["head", [3], 5, ["("], [None]],
+    "layers_to_transform": ["x", [None], {"a": 1}, 1.5],
+    "layers_pattern": [3, ["("], [None]],
+    "bias": [None, 3, "all"],
+    "peft_type": [None, 3, [], {}, "unilora"],
+    "unknown_field": [1],
+    "auto_mapping": [3, {"base_model_class": 3}],
+    "task_type": [3, "X"],
+}
+
+
+@pytest.mark.parametrize("field", HOSTILE)
+def test_a_hostile_configuration(tmp_path, field):
+    """An error of the package and an unchanged model, or an adapter that works."""
+    saved_by_peft(Tower(), tmp_path, modules_to_save=["head"])
+    text = (tmp_path / "adapter_config.json").read_text()
+    model, x = Tower(), tokens()
+    before = snapshot(model)
+    for value in HOSTILE[field]:
+        (tmp_path / "adapter_config.json").write_text(text)
+        change_json(tmp_path, **{field: value})
+        try:
+            adapter = from_peft(model, tmp_path)
+        except ul.UniLoRAError as error:
+            assert str(tmp_path) in str(error)
+        else:
+            assert model(x).shape == (6, 5)
+            adapter.detach()
+        assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("data", [b"[]", b"3", b"[" * 100_000, b'{"r": NaN}', b"\xff\xfe", b'{"peft_type": "UNILORA"}'])
+def test_a_damaged_configuration(tmp_path, data):
+    saved_by_peft(Tower(), tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(data)
+    with pytest.raises(ul.AdapterFileError, match=r"adapter_config\.json"):
+        from_peft(Tower(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("base_model.unilora_theta_d", torch.float8_e4m3fn, "theta_d: expected float16, .*got torch.float8_e4m3fn"),
+        ("base_model.model.head.weight", torch.int64, "'head.weight': expected torch.float32, .*got torch.int64"),
+        ("base_model.model.head.bias", torch.complex64, "'head.bias': expected torch.float32, .*got torch.complex64"),
+    ],
+)
+def test_tensors_of_another_kind(tmp_path, name, dtype, message):
+    saved_by_peft(Tower(), tmp_path, modules_to_save=["head"])
+    change_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    model = Tower()
+    before = snapshot(model)
+    with pytest.raises(ul.AdapterFileError, match=message):
+        from_peft(model, tmp_path)
+    assert_unchanged(model, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,15 @@ class Attachment:
     replicated: bool = False  # what is trained is whole on every process, see distributed.replicate
 
 
-def plan(model: nn.Module, config: UniLoRAConfig) -> tuple[list[Target], UniLoRAConfig, Projection]:
+def plan(
+    model: nn.Module, config: UniLoRAConfig, whole_names: Sequence[str] | None = None
+) -> tuple[list[Target], UniLoRAConfig, Projection]:
     """All that attach() will need, checked, with the model untouched.
+
+    Args:
+        model: to adapt.
+        config: what to do.
+        whole_names: as in :func:`~unilora_ext.targets.find_targets`.
 
     Raises:
         AttachError: the configuration does not fit the model.
@@ -54,7 +61,7 @@ def plan(model: nn.Module, config: UniLoRAConfig) -> tuple[list[Target], UniLoRA
         raise AttachError("attach: the model itself is a linear layer: use UniLoRALinear.from_linear(model, ...)")
     if hasattr(model, CHILD):
         raise AttachError(f"attach: {type(model).__name__} has an adapter (or another attribute '{CHILD}') already")
-    targets = find_targets(model, config.target_modules, config.modules_to_save)
+    targets = find_targets(model, config.target_modules, config.modules_to_save, whole_names)
     D = sum((t.m + t.n) * config.r for t in targets)
     if config.d is None:
         config = replace(config, d=default_d(D))
@@ -355,6 +362,12 @@ class Adapter:
                 the folder holds the old adapter or the new one, whole.
             metadata: JSON values kept with the adapter, free for the application.
 
+        Raises:
+            UniLoRAError: JSON would change the metadata (keys that are not strings, infinite numbers, ...; a tuple is
+                read back as a list), or the index of the projection has no seed. Nothing is written.
+            OSError: the folder cannot be written; it then holds what it held.
+
+        Processes that save into one folder take turns; a reader beside them gets a whole adapter, old or new.
         With several processes one of them calls this. Where torch's own ``fully_shard`` or ``parallelize_module``
         shards theta_d or modules_to_save, the processes of one such group call it, and its first one writes.
         """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unilora_ext.errors import UniLoRAError
+from unilora_ext.errors import UniLoRAError, shown
 from unilora_ext.projections import projection_class
 
 __all__ = ["UniLoRAConfig", "default_d"]
@@ -63,13 +64,19 @@ class UniLoRAConfig:
     materialize: bool | None = None
 
     def __post_init__(self) -> None:
-        _expect("r", _is_int(self.r) and self.r >= 1, "an integer >= 1", self.r)
-        _expect("d", self.d is None or (_is_int(self.d) and self.d >= 1), "an integer >= 1 or None", self.d)
+        _expect("r", _is_size(self.r), "an integer in [1, 2^31)", self.r)
+        _expect("d", self.d is None or _is_size(self.d), "an integer in [1, 2^31) or None", self.d)
         _expect("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "an integer in [0, 2^63)", self.seed)
-        _expect("alpha", self.alpha is None or _is_number(self.alpha), "a number or None", self.alpha)
+        _expect("alpha", self.alpha is None or _is_number(self.alpha), "a finite number or None", self.alpha)
         _expect("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)", self.dropout)
         _expect("init_bound", _is_number(self.init_bound) and self.init_bound > 0, "a number > 0", self.init_bound)
-        _expect("materialize", self.materialize in (True, False, None), "True, False or None", self.materialize)
+        _expect(
+            "materialize",
+            self.materialize is None or isinstance(self.materialize, bool),
+            "True, False or None",
+            self.materialize,
+        )
+        _expect("projection", isinstance(self.projection, str), "a name", self.projection)
         projection_class(self.projection)
         if isinstance(self.target_modules, str):
             _check_pattern(self.target_modules)
@@ -77,6 +84,12 @@ class UniLoRAConfig:
             object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
             _expect("target_modules", self.target_modules, "at least one name", self.target_modules)
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
+
+    @property
+    def pattern(self) -> str | None:
+        """target_modules, where it is a regular expression."""
+        targets = self.target_modules
+        return targets if isinstance(targets, str) and targets != "all-linear" else None
 
     @property
     def scaling(self) -> float:
@@ -88,13 +101,23 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_size(value: object) -> bool:
+    return _is_int(value) and 1 <= value < 2**31
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    """Whether `value` is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _expect(name: str, good: object, expected: str, got: object) -> None:
     if not good:
-        raise UniLoRAError(f"UniLoRAConfig: {name}: expected {expected}, got {got!r}")
+        raise UniLoRAError(f"UniLoRAConfig: {name}: expected {expected}, got {shown(got)}")
 
 
 def _names(field: str, value: object) -> tuple[str, ...]:
@@ -106,8 +129,8 @@ def _names(field: str, value: object) -> tuple[str, ...]:
 def _check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UniLoRAError(
             f"UniLoRAConfig: target_modules: expected a list, 'all-linear' or a regular expression, "
-            f"got {pattern!r} ({error})"
+            f"got {shown(pattern)} ({error})"
         ) from error

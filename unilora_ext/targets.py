@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from unilora_ext.errors import AttachError
+from unilora_ext.errors import AttachError, shown
 from unilora_ext.linear import UniLoRALayer, UniLoRALinear, updated_class
 from unilora_ext.sharded_tensors import is_sharded, managed_by_fsdp
 
@@ -35,20 +35,30 @@ class Target:
         return next(chain(self.module.parameters(), self.module.buffers()), torch.empty(0))
 
 
-def find_targets(model: nn.Module, target_modules: Sequence[str] | str, modules_to_save: Sequence[str]) -> list[Target]:
+def find_targets(
+    model: nn.Module,
+    target_modules: Sequence[str] | str,
+    modules_to_save: Sequence[str],
+    whole_names: Sequence[str] | None = None,
+) -> list[Target]:
     """The targets in ``named_modules()`` order.
 
     Args:
         model: the model to adapt.
         target_modules: as in :class:`~unilora_ext.UniLoRAConfig`.
         modules_to_save: modules trained whole; nothing inside them is adapted.
+        whole_names: where they are known, the names of the targets; `target_modules` is then not looked at.
 
     Raises:
         AttachError: nothing matches, or a matching module cannot be adapted; the message names it.
     """
     whole = [module for _, module in find_modules(model, modules_to_save, "modules_to_save")]
     inside_whole = {id(part) for module in whole for part in module.modules()}
-    if target_modules == "all-linear":
+    if whole_names is not None:
+        chosen = set(whole_names)
+        names = [name for name, _ in model.named_modules() if name in chosen]
+        wanted = f"modules named {shown(list(whole_names))}"
+    elif target_modules == "all-linear":
         names = _all_linear_names(model, inside_whole)
         wanted = "any linear layer (target_modules='all-linear')"
     elif isinstance(target_modules, str):

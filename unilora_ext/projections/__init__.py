@@ -1,6 +1,6 @@
 """The projections theta_D = P theta_d, by the name that a configuration and an adapter file give them."""
 
-from unilora_ext.errors import UniLoRAError
+from unilora_ext.errors import UniLoRAError, shown
 from unilora_ext.projections.balanced import BalancedProjection
 from unilora_ext.projections.base import Projection, SeededProjection
 from unilora_ext.projections.onehot import OneHotProjection
@@ -31,7 +31,7 @@ def projection_class(name: str) -> type[SeededProjection]:
         UniLoRAError: no such projection.
     """
     if name not in _BY_NAME:
-        raise UniLoRAError(f"projection: expected one of {sorted(_BY_NAME)}, got {name!r}")
+        raise UniLoRAError(f"projection: expected one of {sorted(_BY_NAME)}, got {shown(name)}")
     return _BY_NAME[name]
 
 

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
+import msgspec
 import torch
 from torch import Tensor, nn
 
-from unilora_ext.adapter import Adapter, _attach, plan, saved_tensors
-from unilora_ext.checkpoint import check_same, shapes_of
+from unilora_ext.adapter import Adapter
+from unilora_ext.checkpoint import Fit, parse_tensors, take_theta_d
 from unilora_ext.config import UniLoRAConfig
-from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
+from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError, shown
+from unilora_ext.files import open_file, read_all
 from unilora_ext.integrations.peft.export import PREFIX, common_record, exact_targets, write_folder
 from unilora_ext.integrations.peft.vectors import are_column_scales
-from unilora_ext.ops import accumulator_dtype
 from unilora_ext.projections import Projection
+from unilora_ext.record import conform, parse_json
 from unilora_ext.targets import Target
 
 __all__ = ["from_peft", "to_peft"]
 
 THETA_D = "base_model.unilora_theta_d"
+
+
+class _Record(msgspec.Struct):
+    """What ``adapter_config.json`` must say; PEFT knows more fields, and the defaults of those left out."""
+
+    r: int = 1
+    theta_d_length: int = 1
+    proj_seed: int = 0
+    unilora_dropout: float = 0.0
+    init_theta_d_bound: float = 0.0
+    bias: str = "none"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
 
 def to_peft(adapter: Adapter, folder: str | Path) -> None:
@@ -87,28 +102,15 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
     folder = Path(folder)
     theirs = _read_config(folder)
     tensors = _read_tensors(folder)
-    theta_d = _take_theta_d(folder, tensors, theirs.theta_d_length)
-    names = _targeted_names(model, theirs)
+    theta_d = take_theta_d(folder, tensors, THETA_D, theirs.theta_d_length)
+    names = _targeted_names(model, folder, theirs)
     try:
-        targets, config, projection = plan(model, _convert(model, names, theirs))
-        saved = saved_tensors(model, config)
+        config = _convert(model, names, theirs)
     except UniLoRAError as error:
         raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
-    if [target.name for target in targets] != names:
-        raise AdapterFileError(
-            f"{folder}: target_modules: expected the modules that PEFT would adapt, {names}; "
-            f"got {[target.name for target in targets]}"
-        )
-    _take_index(folder, tensors, targets, config.r, projection)
-    check_same(folder, "tensors of modules_to_save", shapes_of(tensors), shapes_of(saved))
-
-    weight = targets[0].module.weight
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    adapter = _attach(model, config, targets, projection, theta_d.to(device, accumulator_dtype(weight.dtype)))
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            tensor.data.copy_(tensors[name])
-    return adapter
+    fit = Fit.of(model, folder, config, names)
+    _take_index(folder, tensors, fit.targets, config.r, fit.projection)
+    return fit.attach(theta_d.to(fit.accumulator_dtype), tensors)
 
 
 def need_peft() -> None:
@@ -129,50 +131,42 @@ def _read_config(folder: Path) -> Any:
     import peft
 
     path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise AdapterFileError(f"{folder}: expected a PEFT checkpoint with {path.name}, found none")
+    record = parse_json(_content(folder, path), path)
+    kind = record.get("peft_type") if isinstance(record, dict) else None
+    if kind != "UNILORA":
+        raise AdapterFileError(f"{path}: peft_type: expected 'UNILORA', got {shown(kind)}")
+    conform(record, _Record, path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        kind = record.get("peft_type")
-        if kind != "UNILORA":
-            raise AdapterFileError(f"{path}: peft_type: expected 'UNILORA', got {kind!r}")
         config = peft.UniLoraConfig.from_pretrained(str(folder))
-    except AdapterFileError:
-        raise
-    except (UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{path}: expected the configuration of a PEFT UniLora ({error})") from error
+    except Exception as error:  # whatever PEFT does with what a file says
+        raise AdapterFileError(f"{path}: expected the configuration of a PEFT UniLora ({error!r})") from error
     if config.bias != "none":
-        raise AdapterFileError(f"{path}: bias: expected 'none' (biases are not trained here), got {config.bias!r}")
+        raise AdapterFileError(f"{path}: bias: expected 'none' (biases are not trained here), got {shown(config.bias)}")
     if not config.target_modules:
         raise AdapterFileError(f"{path}: target_modules: expected names or a pattern, got {config.target_modules!r}")
     return config
 
 
+def _content(folder: Path, path: Path) -> bytes:
+    with open_file(path, f"{folder}: expected a PEFT checkpoint with {path.name}, found none") as file:
+        return read_all(path, file)
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors by name, without ``base_model.model.``."""
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise AdapterFileError(f"{folder}: expected a PEFT checkpoint with {path.name}, found none")
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path}: expected safetensors, the file is truncated or damaged ({error})") from error
+    tensors = parse_tensors(_content(folder, path), path)
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def _take_theta_d(folder: Path, tensors: dict[str, Tensor], d: int) -> Tensor:
-    theta_d = tensors.pop(THETA_D, None)
-    if theta_d is None or tuple(theta_d.shape) != (d,) or not theta_d.is_floating_point():
-        got = "no such tensor" if theta_d is None else f"{theta_d.dtype} of shape {list(theta_d.shape)}"
-        raise AdapterFileError(f"{folder}: {THETA_D}: expected a floating tensor of shape [{d}], got {got}")
-    return theta_d
-
-
-def _targeted_names(model: nn.Module, theirs: Any) -> list[str]:
+def _targeted_names(model: nn.Module, folder: Path, theirs: Any) -> list[str]:
     """The modules that PEFT would adapt, by PEFT's own rules, in ``named_modules()`` order."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    return [name for name, _ in model.named_modules() if name and check_target_module_exists(theirs, name)]
+    try:
+        return [name for name, _ in model.named_modules() if name and check_target_module_exists(theirs, name)]
+    except Exception as error:  # an expression that is none, say
+        raise AdapterFileError(f"{folder}: adapter_config.json: PEFT's rules for modules fail: {error!r}") from error
 
 
 def _convert(model: nn.Module, names: list[str], theirs: Any) -> UniLoRAConfig:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from unilora_ext.adapter import Adapter
-from unilora_ext.checkpoint import replace_file
 from unilora_ext.errors import UniLoRAError
+from unilora_ext.files import locked, replace_file, sweep
 from unilora_ext.ops import accumulator_dtype
 from unilora_ext.sharded_tensors import full, is_writer, settle
 
@@ -21,6 +21,8 @@ __all__ = ["PREFIX", "common_record", "exact_targets", "export_lora", "write_fol
 
 PREFIX = "base_model.model."
 """What PEFT puts before a tensor's name in the model."""
+_LEFTOVER = re.compile(r"\.(adapter_model|adapter_config)-[0-9a-f]{8}\.tmp")
+"""What killed processes leave of the two files."""
 
 
 def export_lora(adapter: Adapter, folder: str | Path) -> None:
@@ -104,10 +106,11 @@ def write_folder(adapter: Adapter, folder: str | Path, record: dict[str, Any], t
     whole = {name: full(tensor).cpu().contiguous().clone() for name, tensor in tensors.items()}
     if not all(map(is_writer, (adapter.theta_d, *adapter.modules_to_save().values()))):
         return  # this process had to be there to gather the tensors; another one writes
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "adapter_model.safetensors", safetensors.torch.save(whole, {"format": "pt"}))
-    replace_file(folder / "adapter_config.json", json.dumps(record, indent=2).encode() + b"\n")
+    folder, data = Path(folder), safetensors.torch.save(whole, {"format": "pt"})
+    with locked(folder) as alone:
+        replace_file(folder / "adapter_model.safetensors", data)
+        replace_file(folder / "adapter_config.json", json.dumps(record, indent=2).encode() + b"\n")
+        sweep(folder, _LEFTOVER, (), alone)
 
 
 def _task_type(model: torch.nn.Module) -> str | None:
