@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
+from unilora_ext import trace
 from unilora_ext._lora_linear import LoraLinearFunction, LoraUpdateFunction, autocast_dtype, autocasting
 from unilora_ext._operators import accumulator_dtype
 
@@ -188,7 +191,10 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         bias = None if bias is None else bias.to(dtype)
     if graph_is_traced():
         return torch.ops.unilora.lora_linear(x, weight, bias, A, B, float(scaling))[0]
-    return LoraLinearFunction.apply(x, weight, bias, A, B, float(scaling))[0]
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return LoraLinearFunction.apply(x, weight, bias, A, B, float(scaling))[0]
+    with trace.span("unilora::lora_linear"), _AutoDispatchBelowAutograd():  # half the cost of a call, for a token
+        return torch.ops.unilora.lora_linear(x, weight, bias, A, B, float(scaling))[0]
 
 
 def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:

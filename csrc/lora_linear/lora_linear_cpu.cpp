@@ -1,5 +1,5 @@
-// The LoRA matmul's low-rank part on the CPU. Factors are first copied to [r, C] in the accumulator dtype: r C
-// elements, small beside the N C of the large operand.
+// The LoRA matmul's low-rank part on the CPU. Factors that do not lie as [r, C] in the accumulator dtype are first
+// copied so: r C elements, small beside the N C of the large operand, but for few rows (kFewRows).
 #include <memory>
 #include <vector>
 
@@ -11,6 +11,8 @@ namespace unilora {
 namespace {
 
 constexpr int64_t kRows = 16;  // rows of a block: they share one read of the factor, and stay in the cache
+
+constexpr int64_t kFewRows = 2;  // of y, to which B is added as it lies: a copy of it would be most of the work
 
 template <typename T, typename Acc>
 std::vector<Acc> packed(const T* P, int64_t r, int64_t C, FactorLayout layout, Acc scaling) {
@@ -37,16 +39,26 @@ struct CpuLoraLinear {
 
   template <typename T, typename Acc>
   void dot(const T* x, int64_t N, int64_t K, const T* P, FactorLayout layout, int64_t r, Acc* out) const {
-    const std::vector<Acc> factor = packed<T, Acc>(P, r, K, layout, 1);
+    std::vector<Acc> copy;
+    const Acc* factor = nullptr;
+    if constexpr (std::is_same_v<T, Acc>) factor = layout == FactorLayout::kRankMajor ? P : nullptr;
+    if (factor == nullptr) {
+      copy = packed<T, Acc>(P, r, K, layout, 1);
+      factor = copy.data();
+    }
     parallel((N + kRows - 1) / kRows, kRows * K * r, [&](int64_t begin, int64_t end) {
       for_row_blocks(begin * kRows, std::min(N, end * kRows),
-                     [&](int64_t i, int64_t rows) { dot_block(x + i * K, rows, K, factor.data(), r, out + i * r); });
+                     [&](int64_t i, int64_t rows) { dot_block(x + i * K, rows, K, factor, r, out + i * r); });
     });
   }
 
   template <typename T, typename Acc>
   void rank_update(T* y, int64_t N, int64_t M, const Acc* h, int64_t r, const T* P, FactorLayout layout,
                    double scaling) const {
+    if (N <= kFewRows && layout == FactorLayout::kRankMinor) {
+      for (int64_t i = 0; i < N; ++i) update_row(y + i * M, M, h + i * r, r, P, static_cast<Acc>(scaling));
+      return;
+    }
     const std::vector<Acc> factor = packed<T, Acc>(P, r, M, layout, static_cast<Acc>(scaling));
     parallel((N + kRows - 1) / kRows, kRows * M * r, [&](int64_t begin, int64_t end) {
       for_row_blocks(begin * kRows, std::min(N, end * kRows),

@@ -108,6 +108,30 @@ UNILORA_INLINE void update_rows(T* y,  // [rows, M]
   }
 }
 
+// y[c] += scaling sum_q h[q] P[c, q], one row: P as B is stored, in its own dtype
+template <int kRank, typename T, typename Acc>
+UNILORA_INLINE void update_row_of(T* y, int64_t M, const Acc* h, int64_t r, const T* P, Acc scaling) {
+  const int64_t ranks = kRank > 0 ? kRank : r;
+  for (int64_t c = 0; c < M; ++c) {
+    Acc sum = 0;
+    for (int64_t q = 0; q < ranks; ++q) sum += h[q] * static_cast<Acc>(P[c * ranks + q]);
+    y[c] = static_cast<T>(static_cast<Acc>(y[c]) + scaling * sum);
+  }
+}
+template <typename T, typename Acc>
+UNILORA_INLINE void update_one_row(T* y, int64_t M, const Acc* h, int64_t r, const T* P, Acc scaling) {
+  switch (r) {
+    case 4:
+      return update_row_of<4>(y, M, h, r, P, scaling);
+    case 8:
+      return update_row_of<8>(y, M, h, r, P, scaling);
+    case 16:
+      return update_row_of<16>(y, M, h, r, P, scaling);
+    default:
+      return update_row_of<0>(y, M, h, r, P, scaling);
+  }
+}
+
 // sums[q, c] += sum_i h[i, q] g[i, c]
 template <int R, int Q, typename T, typename Acc>
 UNILORA_INLINE void outer_tile(const T* g, int64_t M, const Acc* h, int64_t r, Acc* sums) {
@@ -150,6 +174,9 @@ UNILORA_INLINE void outer_rows(const T* g,  // [rows, M]
   UNILORA_MULTIVERSION inline void update_block(T* y, int64_t rows, int64_t M, const Acc* h, int64_t r,              \
                                                 const Acc* P) {                                                      \
     update_rows(y, rows, M, h, r, P);                                                                                \
+  }                                                                                                                  \
+  UNILORA_MULTIVERSION inline void update_row(T* y, int64_t M, const Acc* h, int64_t r, const T* P, Acc scaling) {   \
+    update_one_row(y, M, h, r, P, scaling);                                                                          \
   }                                                                                                                  \
   UNILORA_MULTIVERSION inline void outer_block(const T* g, int64_t rows, int64_t M, const Acc* h, int64_t r,         \
                                                Acc* sums) {                                                          \
