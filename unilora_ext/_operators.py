@@ -30,7 +30,7 @@ def _(index, d, seed, start):
 
 
 @torch.library.register_fake("unilora::fill_balanced_index")
-def _(index, D, d, seed, start):
+def _(index, version, D, d, seed, start):
     return None
 
 
@@ -56,12 +56,12 @@ def _(grad_theta_D, scale, order, offsets):
 
 
 @torch.library.register_fake("unilora::project_seeded")
-def _(theta_d, scale, algorithm, D, seed, ranges, dtype):
+def _(theta_d, scale, algorithm, version, D, seed, ranges, dtype):
     return theta_d.new_empty((sum(ranges[1::2]) - sum(ranges[::2]),), dtype=dtype)
 
 
 @torch.library.register_fake("unilora::project_seeded_scatter")
-def _(grad_theta_D, scale, algorithm, D, seed, ranges):
+def _(grad_theta_D, scale, algorithm, version, D, seed, ranges):
     return scale.new_empty(scale.shape)
 
 
@@ -147,7 +147,7 @@ def _save_seeded(ctx, inputs, output):
 
 def _seeded_backward(ctx, grad_theta_D):
     (scale,) = ctx.saved_tensors
-    return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 6
+    return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 7
 
 
 def _save_seeded_scatter(ctx, inputs, output):
@@ -158,7 +158,7 @@ def _save_seeded_scatter(ctx, inputs, output):
 
 def _seeded_scatter_backward(ctx, grad_g_d):
     (scale,) = ctx.saved_tensors
-    return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 5
+    return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 6
 
 
 def _save_lora_linear(ctx, inputs, output):

@@ -40,8 +40,11 @@ class Attachment:
     replicated: bool = False  # what is trained is whole on every process, see distributed.replicate
 
 
-def plan(model: nn.Module, config: UniLoRAConfig) -> tuple[list[Target], UniLoRAConfig, Projection]:
-    """All that attach() will need, checked, with the model untouched.
+def plan(
+    model: nn.Module, config: UniLoRAConfig, version: int | None = None
+) -> tuple[list[Target], UniLoRAConfig, Projection]:
+    """All that attach() will need, checked, with the model untouched. `version`: of the index algorithm; None: the
+    newest.
 
     Raises:
         AttachError: the configuration does not fit the model.
@@ -64,7 +67,7 @@ def plan(model: nn.Module, config: UniLoRAConfig) -> tuple[list[Target], UniLoRA
             f"attach: d: expected at most D = {D}, the number of LoRA values of the {len(targets)} target modules at "
             f"r = {config.r}; got {config.d}"
         )
-    return targets, config, make_projection(config.projection, D, config.d, config.seed, config.materialize)
+    return targets, config, make_projection(config.projection, D, config.d, config.seed, config.materialize, version)
 
 
 def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:

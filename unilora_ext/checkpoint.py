@@ -206,9 +206,9 @@ def _read_config(folder: Path, record: dict[str, Any]) -> UniLoRAConfig:
     try:
         config = UniLoRAConfig(**record["config"])
         projection, modules = record["projection"], record["modules"]
-        algorithm = projection_class(projection["name"])
+        algorithm, version = projection_class(projection["name"]), projection["version"]
         agree = {
-            "projection.version": (projection["version"], algorithm.version),
+            "projection.version": (version, version if version in algorithm.versions else algorithm.versions[-1]),
             "projection.name": (projection["name"], config.projection),
             "projection.seed": (projection["seed"], config.seed),
             "layout": (record["layout"], LAYOUTS[algorithm.a_first]),
@@ -263,7 +263,7 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     """
     file = read(folder)
     try:
-        targets, config, projection = plan(model, file.config)
+        targets, config, projection = plan(model, file.config, file.record["projection"]["version"])
         saved = saved_tensors(model, config)
     except UniLoRAError as error:
         raise type(error)(f"{file.folder}: does not fit this {type(model).__name__}: {error}") from error

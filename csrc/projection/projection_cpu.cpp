@@ -205,8 +205,8 @@ Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, co
 
 // Checks the description of computed rows, then calls body with their source.
 template <typename Body>
-Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t D, int64_t d, int64_t seed,
-                           const std::vector<int64_t>& ranges, const Body& body) {
+Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t version, int64_t D, int64_t d,
+                           int64_t seed, const std::vector<int64_t>& ranges, const Body& body) {
   check_range(op, "D", D, 1, kMaxElements);
   check_range(op, "seed", seed, 0, INT64_MAX);
   check_range(op, "len(ranges) % 2", static_cast<int64_t>(ranges.size()) % 2, 0, 0);
@@ -216,26 +216,28 @@ Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t
   }
   if (algorithm == "uniform") {
     return body(RangedColumns(UniformColumns{static_cast<uint32_t>(d), static_cast<uint64_t>(seed)}, ranges));
+    check_range(op, "version", version, 1, 1);
   }
   if (algorithm != "balanced") fail(op, "algorithm: expected 'uniform' or 'balanced', got '", algorithm, "'");
-  const BalancedMap map(static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
+  check_range(op, "version", version, 1, kBalancedVersion);
+  const BalancedMap map(version, static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
   return body(RangedColumns(BalancedColumns{map}, ranges));
 }
 
-Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string algorithm, int64_t D, int64_t seed,
-                      std::vector<int64_t> ranges, ScalarType dtype) {
+Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string algorithm, int64_t version, int64_t D,
+                      int64_t seed, std::vector<int64_t> ranges, ScalarType dtype) {
   constexpr auto op = "project_seeded";
   check_theta_d(op, theta_d, scale, dtype);
-  return with_seeded_columns(op, algorithm, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
+  return with_seeded_columns(op, algorithm, version, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
     return gather(op, theta_d, scale, source, source.rows(), dtype);
   });
 }
 
-Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, std::string algorithm, int64_t D,
-                              int64_t seed, std::vector<int64_t> ranges) {
+Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, std::string algorithm,
+                              int64_t version, int64_t D, int64_t seed, std::vector<int64_t> ranges) {
   constexpr auto op = "project_seeded_scatter";
   const Pieces grad = checked_pieces(op, grad_theta_D, scale);
-  return with_seeded_columns(op, algorithm, D, scale.numel(), seed, ranges, [&](const auto& source) {
+  return with_seeded_columns(op, algorithm, version, D, scale.numel(), seed, ranges, [&](const auto& source) {
     check_range(op, "len(grad_theta_D)", grad.rows(), source.rows(), source.rows());
     return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, source);
   });

@@ -43,6 +43,10 @@ UNILORA_MULTIVERSION inline void fill_uniform_block(int32_t* index,  // [n]
 // `map` by value: a local copy that the writes to index cannot change.
 UNILORA_MULTIVERSION inline void fill_balanced_block(int32_t* index,  // [n]
                                                      int64_t n, const BalancedMap map, uint32_t start) {
+  if (map.ranked()) {
+    for (int64_t k = 0; k < n; ++k) index[k] = static_cast<int32_t>(map.column(start + static_cast<uint32_t>(k)));
+    return;
+  }
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
     index[k] = static_cast<int32_t>(map.column_at_once(start + static_cast<uint32_t>(k)));

@@ -27,13 +27,14 @@ void fill_uniform_index(const Tensor& index, int64_t d, int64_t seed, int64_t st
 }
 
 template <typename Kernels>
-void fill_balanced_index(const Tensor& index, int64_t D, int64_t d, int64_t seed, int64_t start) {
+void fill_balanced_index(const Tensor& index, int64_t version, int64_t D, int64_t d, int64_t seed, int64_t start) {
   constexpr auto op = "fill_balanced_index";
   check_fill(op, index, d, seed);
   check_range(op, "D", D, 1, kMaxElements);
+  check_range(op, "version", version, 1, kBalancedVersion);
   check_range(op, "start", start, 0, D);  // before the sum, which could overflow
   check_range(op, "start + len(index)", start + index.numel(), 0, D);
-  const BalancedMap map(static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
+  const BalancedMap map(version, static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
   Kernels(index).fill_balanced_index(data<int32_t>(index), index.numel(), map, static_cast<uint32_t>(start));
 }
 

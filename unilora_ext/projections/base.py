@@ -28,6 +28,7 @@ class Projection(ABC):
     Attributes:
         name: name of the index algorithm in an adapter file.
         version: version of the index algorithm in an adapter file.
+        versions: all that there are of it, ascending.
         a_first: whether each layer's A lies before its B in theta_D (PEFT), not after it (paper).
         D: number of rows, the length of theta_D.
         d: number of columns, the length of theta_d.
@@ -35,6 +36,7 @@ class Projection(ABC):
 
     name: str
     version: int
+    versions: tuple[int, ...] = (1,)
     a_first = False
 
     def __init__(self, D: int, d: int) -> None:
@@ -155,17 +157,23 @@ class SeededProjection(Projection):
             but for D > 2^27 on the CPU.
     """
 
-    def __init__(self, D: int, d: int, seed: int = 0, materialize: bool | None = None) -> None:
+    def __init__(
+        self, D: int, d: int, seed: int = 0, materialize: bool | None = None, version: int | None = None
+    ) -> None:
         super().__init__(D, d)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise UniLoRAError(f"{type(self).__name__}: seed: expected an integer in [0, 2^63), got {seed!r}")
         self.seed, self.materialize = seed, materialize
 
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        version: of the index algorithm; None: the newest.
         self._check_range(start, stop)
         index = torch.empty(stop - start, dtype=torch.int32, device=device)
         if not index.is_meta:
             self._fill(index, start)
+        self.version = self.versions[-1] if version is None else version
+        if self.version not in self.versions:
+            raise UniLoRAError(f"{type(self).__name__}: version: expected one of {self.versions}, got {version!r}")
         return index
 
     def _check_range(self, start: int, stop: int) -> None:

@@ -22,16 +22,18 @@ class PeftProjection(SeededProjection):
         D, d, seed: as in :class:`SeededProjection`.
         materialize: True or None.
 
+        version: 1 or None.
     Raises:
         UniLoRAError: ``materialize=False``.
     """
 
     name = "peft"
-    version = 1
     a_first = True
 
-    def __init__(self, D: int, d: int, seed: int = 0, materialize: bool | None = None) -> None:
-        super().__init__(D, d, seed, materialize=True)
+    def __init__(
+        self, D: int, d: int, seed: int = 0, materialize: bool | None = None, version: int | None = None
+    ) -> None:
+        super().__init__(D, d, seed, materialize=True, version=version)
         if materialize is False:
             raise UniLoRAError("PeftProjection: materialize: expected True or None (a shuffle is stored), got False")
         self._index: Tensor | None = None

@@ -118,7 +118,7 @@ class SeededRows(Rows):
     def __init__(self, projection: SeededProjection, ranges: Sequence[tuple[int, int]]) -> None:
         super().__init__(projection, torch.device("cpu"))
         bounds = [bound for pair in ranges for bound in pair]
-        self._source = projection.name, projection.D, projection.seed, bounds
+        self._source = projection.name, projection.version, projection.D, projection.seed, bounds
         self._len = sum(stop - start for start, stop in ranges)
 
     def __len__(self) -> int:
