@@ -28,12 +28,12 @@ class RangedColumns {
 
   int64_t rows() const { return rows_; }
 
-  const int32_t* columns(int64_t first, int64_t n, int32_t* buffer) const {
+  bool columns(int64_t first, int64_t n, int32_t* buffer) const {
     for (const Run& run : runs_) {
       const int64_t begin = std::max(first, run.begin), end = std::min(first + n, run.end);
       if (begin < end) columns_.columns(run.position + begin - run.begin, end - begin, buffer + begin - first);
     }
-    return buffer;
+    return true;
   }
 
  private:
@@ -45,15 +45,14 @@ class RangedColumns {
   int64_t rows_ = 0;
 };
 
-// Calls body(first, n, columns) for the blocks of rows [begin, end); returns false, at once, at a column beyond d.
+// Calls body(first, n, columns) for the blocks of rows [begin, end); returns false, at once, at a column out of range.
 template <typename Source, typename Body>
-bool for_blocks(const Source& source, int64_t begin, int64_t end, int64_t d, const Body& body) {
-  int32_t buffer[kBlock];
+bool for_blocks(const Source& source, int64_t begin, int64_t end, const Body& body) {
+  alignas(64) int32_t buffer[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t n = std::min(kBlock, end - first);
-    const int32_t* columns = source.columns(first, n, buffer);
-    if (largest(columns, n) >= d) return false;
-    body(first, n, columns);
+    if (!source.columns(first, n, buffer)) return false;
+    body(first, n, buffer);
   }
   return true;
 }
@@ -78,7 +77,7 @@ Tensor gather(const char* op, const Tensor& theta_d, const Tensor& scale, const 
     });
     T* result = data<T>(out);
     parallel(n, 2, [&](int64_t begin, int64_t end) {
-      if (!for_blocks(source, begin, end, d, [&](int64_t first, int64_t size, const int32_t* columns) {
+      if (!for_blocks(source, begin, end, [&](int64_t first, int64_t size, const int32_t* columns) {
             gather_block(table.get(), columns, result + first, size);
           }))
         good = false;
@@ -136,7 +135,7 @@ Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tenso
         Acc* own = table + part * d;
         std::fill(own, own + d, Acc(0));
         const auto add = [&](int64_t stretch, int64_t stretch_end, const T* values) {
-          return for_blocks(source, stretch, stretch_end, d, [&](int64_t first, int64_t size, const int32_t* columns) {
+          return for_blocks(source, stretch, stretch_end, [&](int64_t first, int64_t size, const int32_t* columns) {
             scatter_block(values + (first - stretch), columns, own, size);
           });
         };
@@ -179,7 +178,8 @@ Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, 
   check_theta_d(op, theta_d, scale, dtype);
   check_index(op, "index", index, "theta_d", theta_d);
   const Tensor columns = torch::stable::contiguous(index);
-  return gather(op, theta_d, scale, StoredColumns{const_data<int32_t>(columns)}, columns.numel(), dtype);
+  return gather(op, theta_d, scale, StoredColumns{const_data<int32_t>(columns), theta_d.numel()}, columns.numel(),
+                dtype);
 }
 
 // The pieces of grad_theta_D, all of the first one's dtype.
@@ -200,7 +200,8 @@ Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, co
   check_index(op, "index", index, "grad_theta_D", grad_theta_D[0]);
   check_shape(op, "index", index, {grad.rows()});
   const Tensor columns = torch::stable::contiguous(index);
-  return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, StoredColumns{const_data<int32_t>(columns)});
+  return scatter(op, grad, grad_theta_D[0].scalar_type(), scale,
+                 StoredColumns{const_data<int32_t>(columns), scale.numel()});
 }
 
 // Checks the description of computed rows, then calls body with their source.
@@ -215,8 +216,8 @@ Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t
     check_range(op, "start of a range", ranges[k], 0, ranges[k + 1]);
   }
   if (algorithm == "uniform") {
-    return body(RangedColumns(UniformColumns{static_cast<uint32_t>(d), static_cast<uint64_t>(seed)}, ranges));
     check_range(op, "version", version, 1, 1);
+    return body(RangedColumns(UniformColumns{static_cast<uint32_t>(d), static_cast<uint64_t>(seed)}, ranges));
   }
   if (algorithm != "balanced") fail(op, "algorithm: expected 'uniform' or 'balanced', got '", algorithm, "'");
   check_range(op, "version", version, 1, kBalancedVersion);
