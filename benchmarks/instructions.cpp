@@ -26,33 +26,31 @@ COUNTED plain_segment_sum(const float* g, const float* scale, const int32_t* ord
 }
 template <typename Source>
 void gather_rows(const Source& source, const float* table, float* out) {
-  int32_t buffer[kBlock];
+  alignas(64) int32_t buffer[kBlock];
   for (int64_t first = 0; first < kRows; first += kBlock) {
     const int64_t n = std::min(kBlock, kRows - first);
-    const int32_t* columns = source.columns(first, n, buffer);
-    if (largest(columns, n) >= kColumns) std::abort();
-    gather_block(table, columns, out + first, n);
+    if (!source.columns(first, n, buffer)) std::abort();
+    gather_block(table, buffer, out + first, n);
   }
 }
 template <typename Source>
 void scatter_rows(const Source& source, const float* g, float* table) {
-  int32_t buffer[kBlock];
+  alignas(64) int32_t buffer[kBlock];
   for (int64_t first = 0; first < kRows; first += kBlock) {
     const int64_t n = std::min(kBlock, kRows - first);
-    const int32_t* columns = source.columns(first, n, buffer);
-    if (largest(columns, n) >= kColumns) std::abort();
-    scatter_block(g + first, columns, table, n);
+    if (!source.columns(first, n, buffer)) std::abort();
+    scatter_block(g + first, buffer, table, n);
   }
 }
 COUNTED stored_gather(const int32_t* index, const float* table, float* out) {
-  gather_rows(StoredColumns{index}, table, out);
+  gather_rows(StoredColumns{index, kColumns}, table, out);
 }
 COUNTED stored_scatter(const int32_t* index, const float* g, float* table) {
-  scatter_rows(StoredColumns{index}, g, table);
+  scatter_rows(StoredColumns{index, kColumns}, g, table);
 }
 COUNTED uniform_gather(const float* table, float* out) { gather_rows(UniformColumns{kColumns, 1}, table, out); }
 COUNTED balanced_gather(const float* table, float* out) {
-  gather_rows(BalancedColumns{BalancedMap(kRows, kColumns, 1)}, table, out);
+  gather_rows(BalancedColumns{BalancedMap(kBalancedVersion, kRows, kColumns, 1)}, table, out);
 }
 
 int main(int argc, char** argv) {

@@ -9,11 +9,12 @@ extern "C" uint32_t read_table(const float* table,    // [d]
                                const int32_t* index,  // [n]
                                int64_t n) {
   float block[kBlock];
+  alignas(64) int32_t columns[kBlock];
   uint32_t seen = 0;
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t size = std::min(kBlock, n - first);
-    seen |= largest(index + first, size);  // as the operator does; it also fetches the block of the index
-    gather_block(table, index + first, block, size);
+    seen |= copy_columns(index + first, columns, size);  // as the operator does
+    gather_block(table, columns, block, size);
     asm volatile("" : : "r"(block) : "memory");
   }
   return seen;
@@ -24,11 +25,12 @@ extern "C" uint32_t update_table(float* table,          // [d]
                                  const int32_t* index,  // [n]
                                  int64_t n) {
   float block[kBlock] = {};
+  alignas(64) int32_t columns[kBlock];
   uint32_t seen = 0;
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t size = std::min(kBlock, n - first);
-    seen |= largest(index + first, size);
-    scatter_block(block, index + first, table, size);
+    seen |= copy_columns(index + first, columns, size);
+    scatter_block(block, columns, table, size);
   }
   return seen;
 }

@@ -83,6 +83,17 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
          t.is_cuda() ? "cuda:" : "cpu:", t.get_device_index());
 }
 
+// The memory that a tensor's sizes speak of: one whose storage was released or shrunk, or a fake one, lacks it.
+inline void check_memory(const char* op, const char* name, const Tensor& t) {
+  if (t.numel() == 0) return;
+  int64_t needed = t.storage_offset() + 1, held = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) needed += (t.size(i) - 1) * t.stride(i);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_numel(t.get(), &held));
+  if (held < needed || t.const_data_ptr() == nullptr)
+    fail(op, name, ": expected a storage of ", needed, " elements, got ",
+         held < needed ? std::to_string(held) : std::string("one without memory"));
+}
+
 // value in [low, high]
 inline void check_range(const char* op, const char* name, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) fail(op, name, ": expected a value in [", low, ", ", high, "], got ", value);

@@ -4,7 +4,7 @@
 STABLE_TORCH_LIBRARY(unilora, m) {
   // Index generation (projection/projection.h): fills index[k] with the column of position start + k.
   m.def("fill_uniform_index(Tensor(a!) index, int d, int seed, int start) -> ()");
-  m.def("fill_balanced_index(Tensor(a!) index, int D, int d, int seed, int start) -> ()");
+  m.def("fill_balanced_index(Tensor(a!) index, int version, int D, int d, int seed, int start) -> ()");
 
   // theta_D[i] = theta_d[index[i]] * scale[index[i]], in `dtype`. order and offsets are for the derivative on CUDA.
   m.def(
@@ -16,14 +16,14 @@ STABLE_TORCH_LIBRARY(unilora, m) {
   m.def("project_scatter(Tensor[] grad_theta_D, Tensor scale, Tensor index) -> Tensor");
   m.def("project_segment_sum(Tensor grad_theta_D, Tensor scale, Tensor order, Tensor offsets) -> Tensor");
 
-  // The same with the index computed on the way (CPU). `algorithm`: "uniform" or "balanced", of D rows; `ranges`:
-  // (start, stop) pairs of the rows that theta_D holds, one after the other.
+  // The same with the index computed on the way (CPU). `algorithm`: "uniform" or "balanced", and its version, of D
+  // rows; `ranges`: (start, stop) pairs of the rows that theta_D holds, one after the other.
   m.def(
-      "project_seeded(Tensor theta_d, Tensor scale, str algorithm, int D, int seed, int[] ranges, ScalarType dtype) "
-      "-> Tensor");
+      "project_seeded(Tensor theta_d, Tensor scale, str algorithm, int version, int D, int seed, int[] ranges, "
+      "ScalarType dtype) -> Tensor");
   m.def(
-      "project_seeded_scatter(Tensor[] grad_theta_D, Tensor scale, str algorithm, int D, int seed, int[] ranges) "
-      "-> Tensor");
+      "project_seeded_scatter(Tensor[] grad_theta_D, Tensor scale, str algorithm, int version, int D, int seed, "
+      "int[] ranges) -> Tensor");
 
   // y = x W^T + b + scaling h B^T, h = x A^T (kept for the backward).
   m.def(

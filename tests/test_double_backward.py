@@ -122,6 +122,26 @@ def test_gradient_penalty_with_dropout_and_a_second_loss(device):
         torch.testing.assert_close(actual[j], slope, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("form", ["project", "project_scatter", "project_segment_sum", "seeded", "seeded_scatter"])
+def test_forward_mode_of_a_projection_is_an_error(device, form):
+    if form != "project" and (device.type == "cuda") != (form == "project_segment_sum"):
+        pytest.skip("the other device's operator")
+    D, d = 12, 5
+    P = ul.UniformProjection(D, d, seed=3)
+    scale, seeded = P.scale.to(device), ("uniform", 1, D, 3, [0, D])
+    index, order, offsets = P.index.to(device), *(t.to(device) for t in P.rows("cpu").members())
+    vector = torch.randn(d if form in ("project", "seeded") else D, device=device)
+    calls = {
+        "project": lambda v: operators.project(v, scale, index, torch.float32),
+        "project_scatter": lambda v: operators.project_scatter([v[:7], v[7:]], scale, index),
+        "project_segment_sum": lambda v: operators.project_segment_sum(v, scale, order, offsets),
+        "seeded": lambda v: operators.project_seeded(v, scale, *seeded, torch.float32),
+        "seeded_scatter": lambda v: operators.project_seeded_scatter([v], scale, *seeded),
+    }
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+        calls[form](forward_ad.make_dual(vector, torch.ones_like(vector)))
+
+
 @pytest.mark.parametrize("name", ["lora_linear", "lora_update", "lora_linear_backward"])
 def test_forward_mode_is_an_error(device, name):
     x, weight, A, B, y = (t.detach() for t in draw((3, 5), (4, 5), (2, 5), (4, 2), (3, 4), device=device))

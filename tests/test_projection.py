@@ -238,9 +238,9 @@ def arguments(device, dtype=torch.float64, requires_grad=True):
         yield ops.project_segment_sum, g_D, (scale, *rows.members())
         return
     yield in_pieces(ops.project_scatter), g_D, (scale, rows.index)
-    for algorithm in ("uniform", "balanced"):
-        yield ops.project_seeded, theta_d, (scale, algorithm, 100, 5, [3, 40, 50, 74], dtype)
-        yield in_pieces(ops.project_seeded_scatter), g_D, (scale, algorithm, 100, 5, [3, 40, 50, 74])
+    for algorithm, version in (("uniform", 1), ("balanced", 1), ("balanced", 2)):
+        yield ops.project_seeded, theta_d, (scale, algorithm, version, 100, 5, [3, 40, 50, 74], dtype)
+        yield in_pieces(ops.project_seeded_scatter), g_D, (scale, algorithm, version, 100, 5, [3, 40, 50, 74])
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -253,7 +253,7 @@ def test_opcheck(device, requires_grad):
             torch.library.opcheck(operator.of, (pieces, *rest))
     index = torch.zeros(97, dtype=torch.int32, device=device)
     torch.library.opcheck(ops.fill_uniform_index, (index, 11, 1, 3))
-    torch.library.opcheck(ops.fill_balanced_index, (index, 200, 11, 1, 3))
+    torch.library.opcheck(ops.fill_balanced_index, (index, 2, 200, 11, 1, 3))
 
 
 def test_operators_differentiate_when_called_directly(device):
@@ -295,16 +295,20 @@ def test_wrong_arguments_are_named(device):
                 "grad_theta_D: expected dtype Float, got Double",
             ),
             (
-                lambda: ops.project_seeded(theta_d, scale, "peft", 9, 0, [0, 9], torch.float32),
+                lambda: ops.project_seeded(theta_d, scale, "peft", 1, 9, 0, [0, 9], torch.float32),
                 "algorithm: expected 'uniform' or 'balanced', got 'peft'",
             ),
             (
-                lambda: ops.project_seeded(theta_d, scale, "uniform", 9, 0, [0, 10], torch.float32),
+                lambda: ops.project_seeded(theta_d, scale, "uniform", 1, 9, 0, [0, 10], torch.float32),
                 r"stop of a range: expected a value in \[0, 9\], got 10",
             ),
             (
-                lambda: ops.project_seeded_scatter([theta_d], scale, "uniform", 9, 0, [0, 9]),
+                lambda: ops.project_seeded_scatter([theta_d], scale, "uniform", 1, 9, 0, [0, 9]),
                 r"len\(grad_theta_D\): expected a value in \[9, 9\], got 5",
+            ),
+            (
+                lambda: ops.project_seeded(theta_d, scale, "uniform", 2, 9, 0, [0, 9], torch.float32),
+                r"version: expected a value in \[1, 1\], got 2",
             ),
         ]
     for call, message in cases:
@@ -317,6 +321,7 @@ def test_projection_constructors_name_what_is_wrong():
         (lambda: ul.UniformProjection(0, 3), r"UniformProjection: D: expected an integer in \[1, \d+\], got 0"),
         (lambda: ul.BalancedProjection(10, 2.5), "BalancedProjection: d: expected an integer"),
         (lambda: ul.UniformProjection(10, 3, seed=-1), r"seed: expected an integer in \[0, 2\^63\), got -1"),
+        (lambda: ul.BalancedProjection(10, 3, version=3), r"version: expected one of \(1, 2\), got 3"),
         (lambda: ul.OneHotProjection([0, 3], 3), r"index: expected values in \[0, 3\), got values in \[0, 3\]"),
         (lambda: ul.OneHotProjection(torch.rand(3), 3), "index: expected a non-empty integer vector"),
         (lambda: ul.UniformProjection(10, 3)(torch.zeros(4)), r"theta_d: expected a floating tensor of shape \[3\]"),

@@ -19,12 +19,11 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from unilora_ext import trace
-from unilora_ext._operators import accumulator_dtype
+from unilora_ext._operators import accumulator_dtype, library
 
 __all__ = ["LoraLinearFunction", "LoraUpdateFunction", "autocast_dtype", "autocasting"]
 
 operators = torch.ops.unilora
-library = torch.library.Library("unilora", "FRAGMENT")
 _AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
 
 

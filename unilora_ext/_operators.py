@@ -3,11 +3,19 @@ derivatives for who calls ``torch.ops.unilora`` directly, a compiled graph among
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+from torch.autograd import Function
 
 import unilora_ext._native  # noqa: F401  registers the operators
 
-__all__ = ["accumulator_dtype"]
+__all__ = ["accumulator_dtype", "library"]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,35 +26,59 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 # ---- fake kernels: shapes and dtypes only ---------------------------------------------------------------------------
 
 
+def _register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``torch.library.register_fake``, with the check that every kernel makes: all tensors on one device. PyTorch calls
+    a fake kernel for meta tensors, and so for a mixture with real ones, whose results would be uninitialised."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(fake).parameters)
+
+        @functools.wraps(fake)
+        def checked(*args):
+            (first, like), *others = [
+                (argument, t)
+                for argument, value in zip(names, args, strict=False)
+                for t in (value if isinstance(value, (list, tuple)) else (value,))
+                if isinstance(t, Tensor)
+            ]
+            for argument, t in others:
+                _expect(name, argument, t.device == like.device, f"the device of {first} ({like.device})", t.device)
+            return fake(*args)
+
+        return torch.library.register_fake(f"unilora::{name}")(checked)
+
+    return register
+
+
 def _expect(op: str, argument: str, good: bool, expected: str, got: object) -> None:
     if not good:
         raise RuntimeError(f"unilora::{op}: {argument}: expected {expected}, got {got}")
 
 
-@torch.library.register_fake("unilora::fill_uniform_index")
+@_register_fake("fill_uniform_index")
 def _(index, d, seed, start):
     return None
 
 
-@torch.library.register_fake("unilora::fill_balanced_index")
-def _(index, D, d, seed, start):
+@_register_fake("fill_balanced_index")
+def _(index, version, D, d, seed, start):
     return None
 
 
-@torch.library.register_fake("unilora::project")
+@_register_fake("project")
 def _(theta_d, scale, index, dtype, order=None, offsets=None):
     _expect("project", "scale", scale.shape == theta_d.shape, f"shape {list(theta_d.shape)}", list(scale.shape))
     return theta_d.new_empty(index.shape, dtype=dtype)
 
 
-@torch.library.register_fake("unilora::project_scatter")
+@_register_fake("project_scatter")
 def _(grad_theta_D, scale, index):
     rows = sum(piece.numel() for piece in grad_theta_D)
     _expect("project_scatter", "index", tuple(index.shape) == (rows,), f"shape [{rows}]", list(index.shape))
     return scale.new_empty(scale.shape)
 
 
-@torch.library.register_fake("unilora::project_segment_sum")
+@_register_fake("project_segment_sum")
 def _(grad_theta_D, scale, order, offsets):
     _expect(
         "project_segment_sum", "order", order.shape == grad_theta_D.shape, list(grad_theta_D.shape), list(order.shape)
@@ -54,17 +86,17 @@ def _(grad_theta_D, scale, order, offsets):
     return scale.new_empty(scale.shape)
 
 
-@torch.library.register_fake("unilora::project_seeded")
-def _(theta_d, scale, algorithm, D, seed, ranges, dtype):
+@_register_fake("project_seeded")
+def _(theta_d, scale, algorithm, version, D, seed, ranges, dtype):
     return theta_d.new_empty((sum(ranges[1::2]) - sum(ranges[::2]),), dtype=dtype)
 
 
-@torch.library.register_fake("unilora::project_seeded_scatter")
-def _(grad_theta_D, scale, algorithm, D, seed, ranges):
+@_register_fake("project_seeded_scatter")
+def _(grad_theta_D, scale, algorithm, version, D, seed, ranges):
     return scale.new_empty(scale.shape)
 
 
-@torch.library.register_fake("unilora::lora_linear")
+@_register_fake("lora_linear")
 def _(x, weight, bias, A, B, scaling):
     op, (m, n), r = "lora_linear", weight.shape, A.shape[0]
     _expect(op, "x", x.shape[-1] == n, f"shape [..., {n}]", list(x.shape))
@@ -76,18 +108,18 @@ def _(x, weight, bias, A, B, scaling):
     return x.new_empty((*leading, m)), x.new_empty((*leading, r), dtype=accumulator_dtype(x.dtype))
 
 
-@torch.library.register_fake("unilora::lora_update")
+@_register_fake("lora_update")
 def _(y, x, A, B, scaling):
     h = x.new_empty((*x.shape[:-1], A.shape[0]), dtype=accumulator_dtype(x.dtype))
     return torch.empty_like(y, memory_format=torch.contiguous_format), h
 
 
-@torch.library.register_fake("unilora::lora_update_")
+@_register_fake("lora_update_")
 def _(y, x, A, B, scaling):
     return x.new_empty((*x.shape[:-1], A.shape[0]), dtype=accumulator_dtype(x.dtype))
 
 
-@torch.library.register_fake("unilora::lora_linear_backward")
+@_register_fake("lora_linear_backward")
 def _(grad_y, x, h, weight, A, B, scaling, need_grad_x, need_grad_A, need_grad_B):
     return (
         x.new_empty(x.shape if need_grad_x else (0,)),
@@ -152,7 +184,7 @@ def _save_seeded(ctx, inputs, output):
 
 def _seeded_backward(ctx, grad_theta_D):
     (scale,) = ctx.saved_tensors
-    return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 6
+    return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 7
 
 
 def _save_seeded_scatter(ctx, inputs, output):
@@ -163,9 +195,43 @@ def _save_seeded_scatter(ctx, inputs, output):
 
 def _seeded_scatter_backward(ctx, grad_g_d):
     (scale,) = ctx.saved_tensors
-    return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 5
+    return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 6
 
 
+def _register_derivative(name: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """``torch.library.register_autograd``, but for the tangents of forward-mode differentiation: that drops them, and
+    this, as every ``torch.autograd.Function`` without a rule for them, refuses."""
+    operator = getattr(torch.ops.unilora, name).default
+    defaults = [argument.default_value for argument in operator._schema.arguments]
+
+    class Derivative(Function):
+        @staticmethod
+        def forward(ctx, lengths, *flat):
+            values = iter(flat)
+            args = [next(values) if n is None else [next(values) for _ in range(n)] for n in lengths]
+            with _AutoDispatchBelowAutograd():
+                output = operator(*args)
+            save(ctx, args, output)
+            ctx.lengths = lengths
+            return output
+
+        @staticmethod
+        def backward(ctx, grad):
+            flat: list[Any] = []
+            for n, value in zip(ctx.lengths, backward(ctx, grad), strict=True):
+                flat += [value] if n is None else [None] * n if value is None else value
+            return None, *flat
+
+    def kernel(*args):
+        args = (*args, *defaults[len(args) :])
+        lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in args]
+        flat = [v for n, value in zip(lengths, args, strict=True) for v in ([value] if n is None else value)]
+        return Derivative.apply(lengths, *flat)
+
+    library.impl(name, kernel, "Autograd")
+
+
+library = torch.library.Library("unilora", "FRAGMENT")
 for _name, _backward, _save in (
     ("project", _project_backward, _save_project),
     ("project_scatter", _scatter_backward, _save_scatter),
@@ -173,4 +239,4 @@ for _name, _backward, _save in (
     ("project_seeded", _seeded_backward, _save_seeded),
     ("project_seeded_scatter", _seeded_scatter_backward, _save_seeded_scatter),
 ):
-    torch.library.register_autograd(f"unilora::{_name}", _backward, setup_context=_save)
+    _register_derivative(_name, _backward, _save)

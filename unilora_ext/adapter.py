@@ -41,14 +41,15 @@ class Attachment:
 
 
 def plan(
-    model: nn.Module, config: UniLoRAConfig, whole_names: Sequence[str] | None = None
+    model: nn.Module, config: UniLoRAConfig, whole_names: Sequence[str] | None = None, version: int | None = None
 ) -> tuple[list[Target], UniLoRAConfig, Projection]:
     """All that attach() will need, checked, with the model untouched.
 
     Args:
         model: to adapt.
-        config: what to do.
+        config: what attach() was given.
         whole_names: as in :func:`~unilora_ext.targets.find_targets`.
+        version: of the index algorithm; None: the newest.
 
     Raises:
         AttachError: the configuration does not fit the model.
@@ -71,7 +72,7 @@ def plan(
             f"attach: d: expected at most D = {D}, the number of LoRA values of the {len(targets)} target modules at "
             f"r = {config.r}; got {config.d}"
         )
-    return targets, config, make_projection(config.projection, D, config.d, config.seed, config.materialize)
+    return targets, config, make_projection(config.projection, D, config.d, config.seed, config.materialize, version)
 
 
 def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:

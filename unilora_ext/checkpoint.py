@@ -266,7 +266,8 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     file = read(folder)
     names = [name for name, _, _ in file.modules]
     # The names stand for an expression, which may match for ever. Where the configuration has names, they are compared.
-    fit = Fit.of(model, file.folder, file.config, names if file.config.pattern is not None else None)
+    whole_names = names if file.config.pattern is not None else None
+    fit = Fit.of(model, file.folder, file.config, whole_names, file.record["projection"]["version"])
     check_same(
         file.folder,
         "adapted modules",
@@ -297,14 +298,21 @@ class Fit:
     saved: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, folder: Path, config: UniLoRAConfig, whole_names: Sequence[str] | None) -> Fit:
-        """The fit of a configuration; `whole_names` as in :func:`unilora_ext.targets.find_targets`.
+    def of(
+        cls,
+        model: nn.Module,
+        folder: Path,
+        config: UniLoRAConfig,
+        whole_names: Sequence[str] | None,
+        version: int | None = None,
+    ) -> Fit:
+        """The fit of a configuration; `whole_names` and `version` as in :func:`unilora_ext.adapter.plan`.
 
         Raises:
             UniLoRAError: the configuration does not fit the model.
         """
         try:
-            targets, config, projection = plan(model, config, whole_names)
+            targets, config, projection = plan(model, config, whole_names, version)
             return cls(model, folder, targets, config, projection, saved_tensors(model, config))
         except UniLoRAError as error:
             raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error

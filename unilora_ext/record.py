@@ -124,9 +124,10 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, Any], UniLoRAConfig]:
 def _check_agreement(record: Mapping[str, Any], config: UniLoRAConfig, algorithm: Any, path: Path) -> None:
     """Agreement of the record with itself: a writer's mistake otherwise, since the checksum holds."""
     projection, modules = record["projection"], record["modules"]
+    version = projection["version"]
     D = sum((m + n) * config.r for _, m, n in modules)
     agree = {
-        "projection.version": (projection["version"], algorithm.version),
+        "projection.version": (version, version if version in algorithm.versions else algorithm.versions[-1]),
         "projection.name": (projection["name"], config.projection),
         "projection.seed": (projection["seed"], config.seed),
         "layout": (record["layout"], LAYOUTS[algorithm.a_first]),

@@ -1,6 +1,6 @@
 """An oracle of every operator: short, slow, in NumPy and plain PyTorch, sharing no code with the native library.
 
-The index functions are also the specification of the adapter format's algorithms, `uniform` and `balanced`, version 1.
+The index functions are also the specification of the adapter format's algorithms, `uniform` and `balanced`.
 """
 
 from __future__ import annotations
@@ -41,19 +41,24 @@ def _philox(seed: int, counter: np.ndarray, stream: int) -> np.ndarray:
     return philox4x32_10((seed & 0xFFFFFFFF, seed >> 32), words)
 
 
-def uniform_index(d: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """uniform, version 1: position i gets floor(u d / 2^64), u the 64 bits of half i % 2 of Philox block i // 2."""
+def _position_bits(seed: int, start: int, stop: int, stream: int) -> list[int]:
+    """64 bits for each position i: half i % 2 of Philox block i // 2."""
     position = np.arange(start, stop, dtype=np.uint64)
-    bits = _philox(seed, position // np.uint64(2), stream=0)
+    words = _philox(seed, position // np.uint64(2), stream)
     half = (position % np.uint64(2)).astype(np.int64) * 2
     rows = np.arange(len(position))
-    low, high = bits[rows, half], bits[rows, half + 1]
-    columns = [((int(h) << 32 | int(w)) * d) >> 64 for w, h in zip(low, high, strict=True)]
+    low, high = words[rows, half], words[rows, half + 1]
+    return [int(h) << 32 | int(w) for w, h in zip(low, high, strict=True)]
+
+
+def uniform_index(d: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """uniform, version 1: position i gets floor(u d / 2^64), u its 64 bits of stream 0."""
+    columns = [(u * d) >> 64 for u in _position_bits(seed, start, stop, stream=0)]
     return np.array(columns, dtype=np.int32)
 
 
 class BalancedBijection:
-    """balanced, version 1: a keyed bijection of [0, D) (modular Feistel network of 6 rounds, cycle-walking)."""
+    """A keyed bijection of [0, D): a modular Feistel network of 6 rounds with cycle-walking."""
 
     def __init__(self, D: int, seed: int) -> None:
         self.D = D
@@ -79,10 +84,23 @@ class BalancedBijection:
                 return value
 
 
-def balanced_index(D: int, d: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """balanced, version 1: position i gets column ``element(i) mod d``."""
-    bijection = BalancedBijection(D, seed)
-    return np.array([bijection.element(i) % d for i in range(start, stop)], dtype=np.int32)
+def balanced_ranks(D: int, seed: int) -> list[int]:
+    """The rank of each position's 64 bits of stream 2 among those of all D, equal ones in the order of positions."""
+    bits = _position_bits(seed, 0, D, stream=2)
+    ranks = [0] * D
+    for rank, position in enumerate(sorted(range(D), key=bits.__getitem__)):
+        ranks[position] = rank
+    return ranks
+
+
+def balanced_index(D: int, d: int, seed: int, start: int, stop: int, version: int = 2) -> np.ndarray:
+    """balanced: position i gets column ``e mod d``, e its rank (version 2, D <= 256) or its element."""
+    if version >= 2 and D <= 256:
+        elements = balanced_ranks(D, seed)[start:stop]
+    else:
+        bijection = BalancedBijection(D, seed)
+        elements = [bijection.element(i) for i in range(start, stop)]
+    return np.array([e % d for e in elements], dtype=np.int32)
 
 
 def project(theta_d: Tensor, scale: Tensor, index: Tensor) -> Tensor:

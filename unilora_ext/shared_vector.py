@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unilora_ext import ops
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections import Projection, Rows
+from unilora_ext.projections.rows import faking
 from unilora_ext.sharded_tensors import full, is_sharded
 
 __all__ = ["Part", "Reduction", "SharedVector", "Slot"]
@@ -146,6 +147,8 @@ class SharedVector(nn.Module):
         if ops.graph_is_traced():
             self._traced = self._trace_all() if self.enabled else None
             return
+        if faking():
+            return  # fakes are not kept: each layer projects its own rows
         if self._groups is None:
             self._groups = self._group_by_place(model)
         self._step = {}

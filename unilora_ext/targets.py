@@ -32,7 +32,7 @@ class Target:
 
     def held(self) -> Tensor:
         """A tensor of the layer, on whose device it computes."""
-        return next(chain(self.module.parameters(), self.module.buffers()), torch.empty(0))
+        return next(chain(self.module.parameters(), self.module.buffers()), torch.empty(0, device="cpu"))
 
 
 def find_targets(

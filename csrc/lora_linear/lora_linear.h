@@ -51,11 +51,15 @@ inline LoraLinearSizes check_lora_linear(const char* op, const Tensor& x, const 
   if (weight.has_value()) {
     check_dtype(op, "weight", *weight, x.scalar_type());
     check_same_device(op, "weight", *weight, "x", x);
+    check_memory(op, "weight", *weight);
   }
   check_dtype(op, "A", A, x.scalar_type());
   check_dtype(op, "B", B, x.scalar_type());
   check_same_device(op, "A", A, "x", x);
   check_same_device(op, "B", B, "x", x);
+  check_memory(op, "x", x);
+  check_memory(op, "A", A);
+  check_memory(op, "B", B);
 
   LoraLinearSizes sizes{1, n, m, r, {}};
   for (int64_t i = 0; i + 1 < x.dim(); ++i) {
@@ -73,6 +77,7 @@ inline void check_beside_x(const char* op, const char* name, const Tensor& t, co
                            const LoraLinearSizes& s) {
   check_dtype(op, name, t, x.scalar_type());
   check_same_device(op, name, t, "x", x);
+  check_memory(op, name, t);
   if (t.dim() != x.dim() || t.size(t.dim() - 1) != s.m || t.numel() != s.N * s.m)
     fail(op, name, ": expected the leading shape of x and ", s.m, " columns, got ", shape_of(t));
 }
@@ -104,6 +109,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     check_shape(op, "bias", *bias, {s.m});
     check_dtype(op, "bias", *bias, x.scalar_type());
     check_same_device(op, "bias", *bias, "x", x);
+    check_memory(op, "bias", *bias);
   }
   const Tensor rows = rows_of(x, s.N, s.n);
   const Tensor a = dense(A), b = dense(B);
@@ -151,6 +157,7 @@ Tensor lora_update_(const Tensor& y, const Tensor& x, const Tensor& A, const Ten
 template <typename Kernels>
 std::tuple<Tensor, Tensor> lora_update(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
                                        double scaling) {
+  check_memory("lora_update", "y", y);
   const Tensor sum = y.is_contiguous() ? torch::stable::clone(y) : torch::stable::contiguous(y);
   const Tensor h = lora_update_in_place<Kernels>("lora_update", sum, x, A, B, scaling);
   return {sum, h};
@@ -167,6 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
   check_beside_x(op, "grad_y", grad_y, x, s);
   check_dtype(op, "h", h, acc_dtype);
   check_same_device(op, "h", h, "x", x);
+  check_memory(op, "h", h);
   if (h.numel() != s.N * s.r) fail(op, "h: expected ", s.N * s.r, " elements, got shape ", shape_of(h));
 
   const Tensor dy = rows_of(grad_y, s.N, s.m);

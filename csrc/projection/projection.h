@@ -5,9 +5,9 @@
 //
 // P has one non-zero in a row; scale[j] = 1 / sqrt(n_j), n_j members in column j, so that P^T P = I.
 //
-// Below: the functions position -> column. They are part of the adapter file format (version 1), are integer
-// arithmetic only, and give the same column on every device. Each depends on (seed, position) and the sizes alone,
-// so any range of positions can be computed by itself. Plain C++17: no torch, host and device.
+// Below: the functions position -> column. They are part of the adapter file format, are integer arithmetic only, and
+// give the same column on every device. Each depends on (seed, position) and the sizes alone, so any range of
+// positions can be computed by itself. A version once published stays. Plain C++17: no torch, host and device.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +48,7 @@ UNILORA_HOST_DEVICE PhiloxBlock philox4x32_10(uint64_t seed, uint64_t counter, u
 
 constexpr uint64_t kUniformStream = 0;   // columns of `uniform`
 constexpr uint64_t kBalancedStream = 1;  // round keys of `balanced`
+constexpr uint64_t kRankedStream = 2;    // draws of `balanced` for few positions
 
 // ---- uniform, version 1: each column drawn independently ---------------------------------------------------------
 // Position i takes half i % 2 of the Philox block with counter i / 2: 64 random bits u, then floor(u d / 2^64).
@@ -67,13 +68,17 @@ UNILORA_HOST_DEVICE ColumnPair uniform_columns(uint64_t seed, uint64_t pair, uin
   return {scale_to_range(bits.word[0], bits.word[1], d), scale_to_range(bits.word[2], bits.word[3], d)};
 }
 
-// ---- balanced, version 1: every column used floor(D / d) or ceil(D / d) times ------------------------------------
+// ---- balanced, versions 1 and 2: every column used floor(D / d) or ceil(D / d) times ------------------------------
 // position -> element by a keyed bijection of [0, D), then column = element mod d. So column j holds the elements
-// j, j + d, j + 2 d, ...; the inverse bijection turns them into positions: a column's members need no stored list.
+// j, j + d, j + 2 d, ...
 //
 // The bijection is a Feistel network with modular addition (Black and Rogaway, "Ciphers with arbitrary finite
 // domains", CT-RSA 2002) over [0, rows) x [0, width), rows = ceil(sqrt(D)), width = ceil(D / rows); the few values
 // that land at or beyond D (fewer than rows of rows * width) are sent through again (cycle-walking).
+//
+// Over few positions the network favours some permutations (two million seeds show it up to D = 128). Version 2 gives
+// a position of D <= 256 the rank of its draw, 64 bits of Philox, among the draws of all positions, equal ones in the
+// order of their positions: every permutation is as likely. For larger D it is version 1.
 
 // n / divisor for n < 2^31 and 1 <= divisor < 2^31: one multiplication and a shift (Granlund and Montgomery, 1994).
 struct Divider {
@@ -90,12 +95,20 @@ struct Divider {
   UNILORA_HOST_DEVICE uint32_t remainder(uint32_t n) const { return n - quotient(n) * divisor; }
 };
 
+constexpr int64_t kBalancedVersion = 2;  // the newest
+
 class BalancedMap {
  public:
   static constexpr int kRounds = 6;
+  static constexpr uint32_t kMostRanked = 256;
 
-  UNILORA_HOST_DEVICE BalancedMap(uint32_t D, uint32_t d, uint64_t seed)
-      : D_(D), rows_(ceil_sqrt(D)), by_width_((D + rows_ - 1) / rows_), by_d_(d) {
+  UNILORA_HOST_DEVICE BalancedMap(int64_t version, uint32_t D, uint32_t d, uint64_t seed)
+      : seed_(seed),
+        ranked_(version >= 2 && D <= kMostRanked),
+        D_(D),
+        rows_(ceil_sqrt(D)),
+        by_width_((D + rows_ - 1) / rows_),
+        by_d_(d) {
     const PhiloxBlock first = philox4x32_10(seed, 0, kBalancedStream);
     const PhiloxBlock second = philox4x32_10(seed, 1, kBalancedStream);
     for (int i = 0; i < 4; ++i) key_[i] = first.word[i];
@@ -104,6 +117,7 @@ class BalancedMap {
 
   // position in [0, D) -> element in [0, D)
   UNILORA_HOST_DEVICE uint32_t element(uint32_t position) const {
+    if (ranked_) return rank(position);
     uint32_t value = position;
     do {
       value = pass(value);
@@ -111,22 +125,10 @@ class BalancedMap {
     return value;
   }
 
-  // element in [0, D) -> position in [0, D): the inverse of element()
-  UNILORA_HOST_DEVICE uint32_t position(uint32_t element) const {
-    uint32_t value = element;
-    do {
-      uint32_t row = by_width_.quotient(value), col = value - row * width();
-      for (int i = kRounds - 2; i >= 0; i -= 2) {
-        col = subtract(col, draw(row, key_[i + 1], width()), width());
-        row = subtract(row, draw(col, key_[i], rows_), rows_);
-      }
-      value = row * width() + col;
-    } while (value >= D_);
-    return value;
-  }
-
-  // The column of a position that one pass settles; kWalkOn for the few that must be passed through again. Without
-  // a loop of unknown length, so that a compiler can vectorise it.
+  // Whether element() is a rank. If not, column_at_once() gives the column of a position that one pass settles, kWalkOn
+  // for the few that must be passed through again: without a loop of unknown length, so that a compiler can vectorise
+  // it.
+  UNILORA_HOST_DEVICE bool ranked() const { return ranked_; }
   static constexpr uint32_t kWalkOn = 0xFFFFFFFFu;
   UNILORA_HOST_DEVICE uint32_t column_at_once(uint32_t position) const {
     const uint32_t value = pass(position);
@@ -137,11 +139,30 @@ class BalancedMap {
   UNILORA_HOST_DEVICE uint32_t column(uint32_t position) const { return by_d_.remainder(element(position)); }
 
  private:
+  uint64_t seed_;
+  bool ranked_;
   uint32_t D_, rows_;
   Divider by_width_, by_d_;
   uint32_t key_[kRounds];
 
   UNILORA_HOST_DEVICE uint32_t width() const { return by_width_.divisor; }
+
+  // The number of positions with a smaller draw, or with an equal one and before this.
+  UNILORA_HOST_DEVICE uint32_t rank(uint32_t position) const {
+    const uint64_t own = position_bits(position);
+    uint32_t smaller = 0;
+    for (uint32_t other = 0; other < D_; ++other) {
+      const uint64_t bits = position_bits(other);
+      smaller += bits < own || (bits == own && other < position);
+    }
+    return smaller;
+  }
+  UNILORA_HOST_DEVICE uint64_t position_bits(uint32_t position) const {
+    const PhiloxBlock block = philox4x32_10(seed_, position / 2, kRankedStream);
+    const uint32_t low = position % 2 == 0 ? block.word[0] : block.word[2];
+    const uint32_t high = position % 2 == 0 ? block.word[1] : block.word[3];
+    return static_cast<uint64_t>(high) << 32 | low;
+  }
 
   // One pass through the network: a bijection of [0, rows * width).
   UNILORA_HOST_DEVICE uint32_t pass(uint32_t value) const {
@@ -167,9 +188,6 @@ class BalancedMap {
   UNILORA_HOST_DEVICE static uint32_t add(uint32_t a, uint32_t b, uint32_t modulus) {
     const uint32_t sum = a + b, wrapped = sum - modulus;  // wrapped is huge where sum < modulus
     return sum < wrapped ? sum : wrapped;
-  }
-  UNILORA_HOST_DEVICE static uint32_t subtract(uint32_t a, uint32_t b, uint32_t modulus) {
-    return a >= b ? a - b : a + modulus - b;
   }
 };
 

@@ -28,12 +28,12 @@ class RangedColumns {
 
   int64_t rows() const { return rows_; }
 
-  const int32_t* columns(int64_t first, int64_t n, int32_t* buffer) const {
+  bool columns(int64_t first, int64_t n, int32_t* buffer) const {
     for (const Run& run : runs_) {
       const int64_t begin = std::max(first, run.begin), end = std::min(first + n, run.end);
       if (begin < end) columns_.columns(run.position + begin - run.begin, end - begin, buffer + begin - first);
     }
-    return buffer;
+    return true;
   }
 
  private:
@@ -45,15 +45,14 @@ class RangedColumns {
   int64_t rows_ = 0;
 };
 
-// Calls body(first, n, columns) for the blocks of rows [begin, end); returns false, at once, at a column beyond d.
+// Calls body(first, n, columns) for the blocks of rows [begin, end); returns false, at once, at a column out of range.
 template <typename Source, typename Body>
-bool for_blocks(const Source& source, int64_t begin, int64_t end, int64_t d, const Body& body) {
-  int32_t buffer[kBlock];
+bool for_blocks(const Source& source, int64_t begin, int64_t end, const Body& body) {
+  alignas(64) int32_t buffer[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t n = std::min(kBlock, end - first);
-    const int32_t* columns = source.columns(first, n, buffer);
-    if (largest(columns, n) >= d) return false;
-    body(first, n, columns);
+    if (!source.columns(first, n, buffer)) return false;
+    body(first, n, buffer);
   }
   return true;
 }
@@ -78,7 +77,7 @@ Tensor gather(const char* op, const Tensor& theta_d, const Tensor& scale, const 
     });
     T* result = data<T>(out);
     parallel(n, 2, [&](int64_t begin, int64_t end) {
-      if (!for_blocks(source, begin, end, d, [&](int64_t first, int64_t size, const int32_t* columns) {
+      if (!for_blocks(source, begin, end, [&](int64_t first, int64_t size, const int32_t* columns) {
             gather_block(table.get(), columns, result + first, size);
           }))
         good = false;
@@ -136,7 +135,7 @@ Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tenso
         Acc* own = table + part * d;
         std::fill(own, own + d, Acc(0));
         const auto add = [&](int64_t stretch, int64_t stretch_end, const T* values) {
-          return for_blocks(source, stretch, stretch_end, d, [&](int64_t first, int64_t size, const int32_t* columns) {
+          return for_blocks(source, stretch, stretch_end, [&](int64_t first, int64_t size, const int32_t* columns) {
             scatter_block(values + (first - stretch), columns, own, size);
           });
         };
@@ -179,7 +178,8 @@ Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, 
   check_theta_d(op, theta_d, scale, dtype);
   check_index(op, "index", index, "theta_d", theta_d);
   const Tensor columns = torch::stable::contiguous(index);
-  return gather(op, theta_d, scale, StoredColumns{const_data<int32_t>(columns)}, columns.numel(), dtype);
+  return gather(op, theta_d, scale, StoredColumns{const_data<int32_t>(columns), theta_d.numel()}, columns.numel(),
+                dtype);
 }
 
 // The pieces of grad_theta_D, all of the first one's dtype.
@@ -200,13 +200,14 @@ Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, co
   check_index(op, "index", index, "grad_theta_D", grad_theta_D[0]);
   check_shape(op, "index", index, {grad.rows()});
   const Tensor columns = torch::stable::contiguous(index);
-  return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, StoredColumns{const_data<int32_t>(columns)});
+  return scatter(op, grad, grad_theta_D[0].scalar_type(), scale,
+                 StoredColumns{const_data<int32_t>(columns), scale.numel()});
 }
 
 // Checks the description of computed rows, then calls body with their source.
 template <typename Body>
-Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t D, int64_t d, int64_t seed,
-                           const std::vector<int64_t>& ranges, const Body& body) {
+Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t version, int64_t D, int64_t d,
+                           int64_t seed, const std::vector<int64_t>& ranges, const Body& body) {
   check_range(op, "D", D, 1, kMaxElements);
   check_range(op, "seed", seed, 0, INT64_MAX);
   check_range(op, "len(ranges) % 2", static_cast<int64_t>(ranges.size()) % 2, 0, 0);
@@ -215,27 +216,29 @@ Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t
     check_range(op, "start of a range", ranges[k], 0, ranges[k + 1]);
   }
   if (algorithm == "uniform") {
+    check_range(op, "version", version, 1, 1);
     return body(RangedColumns(UniformColumns{static_cast<uint32_t>(d), static_cast<uint64_t>(seed)}, ranges));
   }
   if (algorithm != "balanced") fail(op, "algorithm: expected 'uniform' or 'balanced', got '", algorithm, "'");
-  const BalancedMap map(static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
+  check_range(op, "version", version, 1, kBalancedVersion);
+  const BalancedMap map(version, static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
   return body(RangedColumns(BalancedColumns{map}, ranges));
 }
 
-Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string algorithm, int64_t D, int64_t seed,
-                      std::vector<int64_t> ranges, ScalarType dtype) {
+Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string algorithm, int64_t version, int64_t D,
+                      int64_t seed, std::vector<int64_t> ranges, ScalarType dtype) {
   constexpr auto op = "project_seeded";
   check_theta_d(op, theta_d, scale, dtype);
-  return with_seeded_columns(op, algorithm, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
+  return with_seeded_columns(op, algorithm, version, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
     return gather(op, theta_d, scale, source, source.rows(), dtype);
   });
 }
 
-Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, std::string algorithm, int64_t D,
-                              int64_t seed, std::vector<int64_t> ranges) {
+Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, std::string algorithm,
+                              int64_t version, int64_t D, int64_t seed, std::vector<int64_t> ranges) {
   constexpr auto op = "project_seeded_scatter";
   const Pieces grad = checked_pieces(op, grad_theta_D, scale);
-  return with_seeded_columns(op, algorithm, D, scale.numel(), seed, ranges, [&](const auto& source) {
+  return with_seeded_columns(op, algorithm, version, D, scale.numel(), seed, ranges, [&](const auto& source) {
     check_range(op, "len(grad_theta_D)", grad.rows(), source.rows(), source.rows());
     return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, source);
   });

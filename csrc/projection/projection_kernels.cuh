@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(kMaxSegmentBlock)
     for (int64_t c = first; c < d && c < first + columns; ++c) {
       const int64_t c_begin = offsets[c], c_size = offsets[c + 1] - c_begin;
       if (c_size <= kLongColumn * width) continue;
+      UNILORA_DEVICE_CHECK(0 <= c_begin && c_begin + c_size <= n);  // read anew
       const Acc total = block_sum(sum_members<Acc>(grad, n, order + c_begin, c_size, static_cast<int>(threadIdx.x),
                                                    static_cast<int>(blockDim.x)));
       if (threadIdx.x == 0) out[c] = scale[c] * total;

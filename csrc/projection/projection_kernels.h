@@ -16,7 +16,7 @@
 
 namespace unilora {
 
-constexpr int64_t kBlock = 2048;  // rows
+constexpr int64_t kBlock = 4096;  // rows: 16 KiB of columns
 
 // ---- where the columns of a block of rows come from --------------------------------------------------------------
 
@@ -43,6 +43,10 @@ UNILORA_MULTIVERSION inline void fill_uniform_block(int32_t* index,  // [n]
 // `map` by value: a local copy that the writes to index cannot change.
 UNILORA_MULTIVERSION inline void fill_balanced_block(int32_t* index,  // [n]
                                                      int64_t n, const BalancedMap map, uint32_t start) {
+  if (map.ranked()) {
+    for (int64_t k = 0; k < n; ++k) index[k] = static_cast<int32_t>(map.column(start + static_cast<uint32_t>(k)));
+    return;
+  }
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
     index[k] = static_cast<int32_t>(map.column_at_once(start + static_cast<uint32_t>(k)));
@@ -52,34 +56,42 @@ UNILORA_MULTIVERSION inline void fill_balanced_block(int32_t* index,  // [n]
   }
 }
 
-// A source gives columns(first, n, buffer): the columns of rows [first, first + n), n <= kBlock, in `buffer` or where
-// they are stored.
+// Copies stored columns and returns the largest of the copies, a negative one counting as very large. What is used is
+// then what was checked: another thread may write to the tensor.
+UNILORA_MULTIVERSION inline uint32_t copy_columns(const int32_t* __restrict index,  // [n]
+                                                  int32_t* __restrict columns,      // [n]
+                                                  int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t column = index[i];
+    columns[i] = column;
+    largest = std::max(largest, static_cast<uint32_t>(column));
+  }
+  return largest;
+}
+
+// A source gives columns(first, n, buffer): writes the columns of rows [first, first + n), n <= kBlock, to `buffer`;
+// false: one of them is not in [0, d).
 struct StoredColumns {
   const int32_t* index;  // [D]
-  const int32_t* columns(int64_t first, int64_t, int32_t*) const { return index + first; }
+  int64_t d;
+  bool columns(int64_t first, int64_t n, int32_t* buffer) const { return copy_columns(index + first, buffer, n) < d; }
 };
 struct UniformColumns {
   uint32_t d;
   uint64_t seed;
-  const int32_t* columns(int64_t first, int64_t n, int32_t* buffer) const {
+  bool columns(int64_t first, int64_t n, int32_t* buffer) const {
     fill_uniform_block(buffer, n, d, seed, static_cast<uint64_t>(first));
-    return buffer;
+    return true;
   }
 };
 struct BalancedColumns {
   BalancedMap map;
-  const int32_t* columns(int64_t first, int64_t n, int32_t* buffer) const {
+  bool columns(int64_t first, int64_t n, int32_t* buffer) const {
     fill_balanced_block(buffer, n, map, static_cast<uint32_t>(first));
-    return buffer;
+    return true;
   }
 };
-
-// The largest of a block's columns, a negative one counting as very large: checked before they are used.
-UNILORA_MULTIVERSION inline uint32_t largest(const int32_t* index, int64_t n) {
-  uint32_t top = 0;
-  for (int64_t i = 0; i < n; ++i) top = std::max(top, static_cast<uint32_t>(index[i]));
-  return top;
-}
 
 // ---- gather and scatter --------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ namespace unilora {
 inline void check_fill(const char* op, const Tensor& index, int64_t d, int64_t seed) {
   check_dtype(op, "index", index, ScalarType::Int);
   check_shape(op, "index", index, {-1});
+  check_memory(op, "index", index);
   if (!index.is_contiguous()) fail(op, "index: expected a contiguous tensor");
   check_range(op, "d", d, 1, kMaxElements);
   check_range(op, "seed", seed, 0, INT64_MAX);
@@ -27,13 +28,14 @@ void fill_uniform_index(const Tensor& index, int64_t d, int64_t seed, int64_t st
 }
 
 template <typename Kernels>
-void fill_balanced_index(const Tensor& index, int64_t D, int64_t d, int64_t seed, int64_t start) {
+void fill_balanced_index(const Tensor& index, int64_t version, int64_t D, int64_t d, int64_t seed, int64_t start) {
   constexpr auto op = "fill_balanced_index";
   check_fill(op, index, d, seed);
+  check_range(op, "version", version, 1, kBalancedVersion);
   check_range(op, "D", D, 1, kMaxElements);
   check_range(op, "start", start, 0, D);  // before the sum, which could overflow
   check_range(op, "start + len(index)", start + index.numel(), 0, D);
-  const BalancedMap map(static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
+  const BalancedMap map(version, static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
   Kernels(index).fill_balanced_index(data<int32_t>(index), index.numel(), map, static_cast<uint32_t>(start));
 }
 
@@ -45,6 +47,8 @@ inline void check_theta_d(const char* op, const Tensor& theta_d, const Tensor& s
   check_floating(op, "dtype", dtype);
   check_range(op, "len(theta_d)", theta_d.numel(), 1, kMaxElements);
   check_same_device(op, "scale", scale, "theta_d", theta_d);
+  check_memory(op, "theta_d", theta_d);
+  check_memory(op, "scale", scale);
 }
 
 inline void check_grad(const char* op, const Tensor& grad_theta_D, const Tensor& scale) {
@@ -54,6 +58,8 @@ inline void check_grad(const char* op, const Tensor& grad_theta_D, const Tensor&
   check_range(op, "len(scale)", scale.numel(), 1, kMaxElements);
   check_range(op, "len(grad_theta_D)", grad_theta_D.numel(), 0, kMaxElements);
   check_same_device(op, "scale", scale, "grad_theta_D", grad_theta_D);
+  check_memory(op, "grad_theta_D", grad_theta_D);
+  check_memory(op, "scale", scale);
 }
 
 inline void check_index(const char* op, const char* name, const Tensor& index, const char* other_name,
@@ -62,6 +68,7 @@ inline void check_index(const char* op, const char* name, const Tensor& index, c
   check_shape(op, name, index, {-1});
   check_range(op, "len(index)", index.numel(), 0, kMaxElements);
   check_same_device(op, name, index, other_name, other);
+  check_memory(op, name, index);
 }
 
 }  // namespace unilora

@@ -77,28 +77,33 @@ void test_balanced_index(std::mt19937_64& generator) {
   const Case cases[] = {{1, 1, 0, 1},
                         {10, 3, 0, 10},
                         {10, 3, 3, 7},
+                        {256, 256, 0, 256},
+                        {257, 16, 0, 257},
                         {1021, 7, 0, 1021},
                         {1021, 5000, 1, 9},
                         {9994240, 524288, 777, 1030},
                         {0x7fff0000u, 1, 5, 17},
                         {0x7fff0000u, 1u << 20, 0x7ffefff0u, 16},
                         {40, 8, 4, 0}};
-  for (const Case& c : cases) {
-    const uint64_t seed = generator() >> 1;
-    const unilora::BalancedMap map(c.D, c.d, seed);
-    const Device<int32_t> device(static_cast<size_t>(c.n));
-    unilora::launch_balanced_index(device.get(), c.n, map, c.start, nullptr);
-    std::vector<int32_t> wanted(static_cast<size_t>(c.n));
-    for (int64_t k = 0; k < c.n; ++k) wanted[k] = static_cast<int32_t>(map.column(c.start + static_cast<uint32_t>(k)));
-    const std::vector<int32_t> got = device.values();
-    const std::string name =
-        "balanced_index: D " + to_string(c.D) + ", d " + to_string(c.d) + ", seed " + to_string(seed);
-    check(got == wanted, name);
-    if (c.n != c.D) continue;
-    std::vector<int64_t> uses(c.d);
-    for (const int32_t column : got) ++uses[column];
-    for (uint32_t j = 0; j < c.d; ++j)
-      check(uses[j] == c.D / c.d + (j < c.D % c.d ? 1 : 0), name + ": uses of column " + to_string(j));
+  for (int64_t version = 1; version <= unilora::kBalancedVersion; ++version) {
+    for (const Case& c : cases) {
+      const uint64_t seed = generator() >> 1;
+      const unilora::BalancedMap map(version, c.D, c.d, seed);
+      const Device<int32_t> device(static_cast<size_t>(c.n));
+      unilora::launch_balanced_index(device.get(), c.n, map, c.start, nullptr);
+      std::vector<int32_t> wanted(static_cast<size_t>(c.n));
+      for (int64_t k = 0; k < c.n; ++k)
+        wanted[k] = static_cast<int32_t>(map.column(c.start + static_cast<uint32_t>(k)));
+      const std::vector<int32_t> got = device.values();
+      const std::string name = "balanced_index: version " + to_string(version) + ", D " + to_string(c.D) + ", d " +
+                               to_string(c.d) + ", seed " + to_string(seed);
+      check(got == wanted, name);
+      if (c.n != c.D) continue;
+      std::vector<int64_t> uses(c.d);
+      for (const int32_t column : got) ++uses[column];
+      for (uint32_t j = 0; j < c.d; ++j)
+        check(uses[j] == c.D / c.d + (j < c.D % c.d ? 1 : 0), name + ": uses of column " + to_string(j));
+    }
   }
 }
 

@@ -35,6 +35,8 @@ def projection_class(name: str) -> type[SeededProjection]:
     return _BY_NAME[name]
 
 
-def make_projection(name: str, D: int, d: int, seed: int, materialize: bool | None = None) -> SeededProjection:
-    """P [D, d] by name and seed."""
-    return projection_class(name)(D, d, seed=seed, materialize=materialize)
+def make_projection(
+    name: str, D: int, d: int, seed: int, materialize: bool | None = None, version: int | None = None
+) -> SeededProjection:
+    """P [D, d] by name, version (None: the newest) and seed."""
+    return projection_class(name)(D, d, seed=seed, materialize=materialize, version=version)

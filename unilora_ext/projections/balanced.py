@@ -10,17 +10,18 @@ class BalancedProjection(SeededProjection):
     """A keyed random permutation of the rows, dealt to the columns in turn: every column has floor(D / d) or
     ceil(D / d) members, so n_j is known in closed form.
 
-    The permutation is a Feistel network (Mitchell et al., arXiv 2106.06161, use one in the same way): a position's
-    column and a column's positions are both computed, with no stored list.
+    The permutation is a Feistel network (Mitchell et al., arXiv 2106.06161, use one in the same way), so that a
+    position's column is computed by itself, with no stored list. Such a network is far from every permutation of few
+    rows: version 2 orders D <= 256 of them by random numbers instead.
     """
 
     name = "balanced"
-    version = 1
+    versions = (1, 2)
 
     def _fill(self, index: Tensor, start: int) -> None:
-        torch.ops.unilora.fill_balanced_index(index, self.D, self.d, self.seed, start)
+        torch.ops.unilora.fill_balanced_index(index, self.version, self.D, self.d, self.seed, start)
 
     @property
     def counts(self) -> Tensor:
-        column = torch.arange(self.d, dtype=torch.int32)
+        column = torch.arange(self.d, dtype=torch.int32, device="cpu")
         return (column < self.D % self.d).int() + self.D // self.d

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unilora_ext import _C, ops
 from unilora_ext.errors import UniLoRAError
-from unilora_ext.projections.rows import Rows, SeededRows, StoredRows
+from unilora_ext.projections.rows import Rows, SeededRows, StoredRows, faking
 
 __all__ = ["Projection", "SeededProjection"]
 
@@ -23,11 +23,12 @@ class Projection(ABC):
     """A fixed matrix P [D, d] with one non-zero in each row and columns of norm 1 (paper, section 3.2).
 
     Immutable: copies share it. What the operators read of it is made at first use on a device and kept, see
-    :meth:`rows`.
+    :meth:`rows`: as ordinary tensors, whatever mode the first use is in, for the uses that follow.
 
     Attributes:
         name: name of the index algorithm in an adapter file.
         version: version of the index algorithm in an adapter file.
+        versions: all that there are of it, ascending.
         a_first: whether each layer's A lies before its B in theta_D (PEFT), not after it (paper).
         D: number of rows, the length of theta_D.
         d: number of columns, the length of theta_d.
@@ -35,6 +36,7 @@ class Projection(ABC):
 
     name: str
     version: int
+    versions: tuple[int, ...] = (1,)
     a_first = False
 
     def __init__(self, D: int, d: int) -> None:
@@ -58,12 +60,15 @@ class Projection(ABC):
 
     def rows(self, device: torch.device | str, ranges: Sequence[tuple[int, int]] | None = None) -> Rows:
         """The rows of `ranges`, one after the other, on `device`; None: all rows (made once a device and kept)."""
-        device = torch.device(device)
-        if ranges is not None and list(ranges) != [(0, self.D)]:
-            return self._make_rows(device, ranges)
-        if device not in self._rows:
-            self._rows[device] = self._make_rows(device, [(0, self.D)])
-        return self._rows[device]
+        device, whole = torch.device(device), [(0, self.D)]
+        kept = not faking() and (ranges is None or list(ranges) == whole)
+        if kept and device in self._rows:
+            return self._rows[device]
+        with torch.inference_mode(False):
+            rows = self._make_rows(device, whole if ranges is None else ranges)
+        if kept:
+            self._rows[device] = rows
+        return rows
 
     def _make_rows(self, device: torch.device, ranges: Sequence[tuple[int, int]]) -> Rows:
         parts = [self.columns(start, stop, device=device) for start, stop in ranges]
@@ -78,24 +83,30 @@ class Projection(ABC):
     @property
     def counts(self) -> Tensor:
         """int32 [d] on the CPU: n_j, the number of rows in column j."""
-        counts, step = torch.zeros(self.d, dtype=torch.int64), 1 << 24  # a stretch at a time: D may be large
+        step = 1 << 24  # a stretch at a time: D may be large
+        counts = torch.zeros(self.d, dtype=torch.int64, device="cpu")
         for start in range(0, self.D, step):
             counts += torch.bincount(self.columns(start, min(self.D, start + step)), minlength=self.d)
         return counts.int()
 
     def column_scale(self) -> Tensor:
         """float64 [d] on the CPU: 1 / sqrt(n_j), 0 for an empty column."""
-        key = (torch.device("cpu"), torch.float64)
-        if key not in self._scales:
-            counts = self.counts.double()
-            self._scales[key] = torch.where(counts > 0, counts.rsqrt(), 0.0)
-        return self._scales[key]
+        return self.scale_on(torch.device("cpu"), torch.float64)
 
     def scale_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """:meth:`column_scale` in `dtype` on `device`, kept."""
+        if faking():
+            return torch.empty(self.d, device=device, dtype=dtype)
         if (device, dtype) not in self._scales:
-            self._scales[device, dtype] = self.column_scale().to(device=device, dtype=dtype)
+            with torch.inference_mode(False):
+                self._scales[device, dtype] = self._make_scale(device, dtype)
         return self._scales[device, dtype]
+
+    def _make_scale(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if device.type != "cpu" or dtype != torch.float64:
+            return self.column_scale().to(device=device, dtype=dtype)
+        counts = self.counts.double()
+        return torch.where(counts > 0, counts.rsqrt(), 0.0)
 
     @property
     def scale(self) -> Tensor:
@@ -122,9 +133,9 @@ class Projection(ABC):
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """P as a dense matrix [D, d] on the CPU: for tests and small examples."""
-        matrix = torch.zeros(self.D, self.d, dtype=dtype)
+        matrix = torch.zeros(self.D, self.d, dtype=dtype, device="cpu")
         columns = self.index.long()
-        matrix[torch.arange(self.D), columns] = self.column_scale().to(dtype)[columns]
+        matrix[torch.arange(self.D, device="cpu"), columns] = self.column_scale().to(dtype)[columns]
         return matrix
 
     def _check_vector(self, what: str, value: Tensor, length: int) -> None:
@@ -153,10 +164,16 @@ class SeededProjection(Projection):
         materialize: True: the index is stored, 4 bytes an element of theta_D (8 on CUDA). False: it is computed anew
             in every projection, 0 bytes, on the CPU; values and gradients are the same to the bit. None: stored,
             but for D > 2^27 on the CPU.
+        version: of the index algorithm; None: the newest.
     """
 
-    def __init__(self, D: int, d: int, seed: int = 0, materialize: bool | None = None) -> None:
+    def __init__(
+        self, D: int, d: int, seed: int = 0, materialize: bool | None = None, version: int | None = None
+    ) -> None:
         super().__init__(D, d)
+        self.version = self.versions[-1] if version is None else version
+        if self.version not in self.versions:
+            raise UniLoRAError(f"{type(self).__name__}: version: expected one of {self.versions}, got {version!r}")
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise UniLoRAError(f"{type(self).__name__}: seed: expected an integer in [0, 2^63), got {seed!r}")
         self.seed, self.materialize = seed, materialize

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections.base import Projection
+from unilora_ext.projections.rows import faking
 
 
 class OneHotProjection(Projection):
@@ -21,7 +22,7 @@ class OneHotProjection(Projection):
     version = 1
 
     def __init__(self, index: Tensor, d: int) -> None:
-        given = torch.as_tensor(index)
+        given = index if isinstance(index, Tensor) else torch.tensor(index, device="cpu")
         if given.dim() != 1 or given.numel() == 0 or given.is_floating_point() or given.dtype == torch.bool:
             raise UniLoRAError(
                 f"OneHotProjection: index: expected a non-empty integer vector, "
@@ -31,9 +32,12 @@ class OneHotProjection(Projection):
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= d:
             raise UniLoRAError(f"OneHotProjection: index: expected values in [0, {d}), got values in [{low}, {high}]")
-        self._index = given.to(device="cpu", dtype=torch.int32, copy=True)
+        with torch.inference_mode(False):
+            self._index = given.to(device="cpu", dtype=torch.int32, copy=True)
 
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        if torch.device(device).type == "meta" or faking():
+            return torch.empty(stop - start, dtype=torch.int32, device=device)
         return self._index[start:stop].to(device)
 
     def spec(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections.base import SeededProjection
+from unilora_ext.projections.rows import faking
 
 
 class PeftProjection(SeededProjection):
@@ -21,17 +22,19 @@ class PeftProjection(SeededProjection):
     Args:
         D, d, seed: as in :class:`SeededProjection`.
         materialize: True or None.
+        version: 1 or None.
 
     Raises:
         UniLoRAError: ``materialize=False``.
     """
 
     name = "peft"
-    version = 1
     a_first = True
 
-    def __init__(self, D: int, d: int, seed: int = 0, materialize: bool | None = None) -> None:
-        super().__init__(D, d, seed, materialize=True)
+    def __init__(
+        self, D: int, d: int, seed: int = 0, materialize: bool | None = None, version: int | None = None
+    ) -> None:
+        super().__init__(D, d, seed, materialize=True, version=version)
         if materialize is False:
             raise UniLoRAError("PeftProjection: materialize: expected True or None (a shuffle is stored), got False")
         self._index: Tensor | None = None
@@ -45,12 +48,13 @@ class PeftProjection(SeededProjection):
             if rest:
                 index = np.concatenate([index, generator.choice(self.d, size=rest, replace=False)])
             generator.shuffle(index)  # of int64: NumPy shuffles int32 to the same order, at half the speed
-            self._index = torch.from_numpy(index.astype(np.int32))
+            with torch.inference_mode(False):
+                self._index = torch.from_numpy(index.astype(np.int32))
         return self._index
 
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         self._check_range(start, stop)
-        if torch.device(device).type == "meta":
+        if torch.device(device).type == "meta" or faking():
             return torch.empty(stop - start, dtype=torch.int32, device=device)
         return self._shuffled()[start:stop].to(device)
 

@@ -14,9 +14,14 @@ from unilora_ext import trace
 if TYPE_CHECKING:
     from unilora_ext.projections.base import Projection, SeededProjection
 
-__all__ = ["Rows", "SeededRows", "StoredRows"]
+__all__ = ["Rows", "SeededRows", "StoredRows", "faking"]
 
 ops = torch.ops.unilora
+
+
+def faking() -> bool:
+    """Whether tensors are fakes now (``FakeTensorMode``): what is made then has no values and cannot be kept."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 class Rows(ABC):
@@ -85,10 +90,14 @@ class StoredRows(Rows):
         """(order int32 [n], offsets int32 [d + 1]): column j has the rows ``order[offsets[j]:offsets[j + 1]]``, in
         ascending order. Made once."""
         if self._members is None:
-            columns, order = torch.sort(self.index, stable=True)
-            bounds = torch.arange(self.projection.d + 1, dtype=columns.dtype, device=columns.device)
-            self._members = order.int(), torch.searchsorted(columns, bounds).int()
+            self._members = self._sorted()
         return self._members
+
+    @torch.inference_mode(False)  # kept, for calls in other modes too
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        columns, order = torch.sort(self.index, stable=True)
+        bounds = torch.arange(self.projection.d + 1, dtype=columns.dtype, device=columns.device)
+        return order.int(), torch.searchsorted(columns, bounds).int()
 
     def _gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
         return ops.project(theta_d, self.scale(theta_d.dtype), self.index, dtype)
@@ -118,7 +127,7 @@ class SeededRows(Rows):
     def __init__(self, projection: SeededProjection, ranges: Sequence[tuple[int, int]]) -> None:
         super().__init__(projection, torch.device("cpu"))
         bounds = [bound for pair in ranges for bound in pair]
-        self._source = projection.name, projection.D, projection.seed, bounds
+        self._source = projection.name, projection.version, projection.D, projection.seed, bounds
         self._len = sum(stop - start for start, stop in ranges)
 
     def __len__(self) -> int:

@@ -13,7 +13,6 @@ class UniformProjection(SeededProjection):
     """
 
     name = "uniform"
-    version = 1
 
     def _fill(self, index: Tensor, start: int) -> None:
         torch.ops.unilora.fill_uniform_index(index, self.d, self.seed, start)
