@@ -183,9 +183,12 @@ library.impl("lora_linear_backward", _LoraLinearBackwardFunction.apply, "Autogra
 # ---- autocast: casts at the entry, as F.linear does; ATen's products inside do not meet it again ------------------
 
 
+_AUTOCAST_DEVICES = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)}
+
+
 def autocasting(device: torch.device) -> bool:
     """Whether autocast is on for tensors of `device`."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -93,8 +93,8 @@ class UniLoRALayer(nn.Module):
         return state.vector.factors(state.slot_id, device, dtype or own)
 
     def forward(self, x: Tensor) -> Tensor:
-        state = self._unilora
-        if is_sharded(self.weight):
+        state, weight = self._unilora, self.weight
+        if is_sharded(weight):
             raise UniLoRAError(
                 f"{self}: expected a whole weight here, got a DTensor: attach after parallelize_module, and call the "
                 "model that fully_shard was given, not a part of it"
@@ -103,7 +103,8 @@ class UniLoRALayer(nn.Module):
             return super().forward(x)
         if self._dropping():
             return self._updated(super().forward(x), x)
-        A, B = self.lora_factors(ops.autocast_dtype(x.device, self.weight.dtype))
+        dtype = ops.autocast_dtype(x.device, weight.dtype)
+        A, B = state.vector.factors(state.slot_id, weight.device, dtype)
         return ops.lora_linear(x, self.dense_weight(), self.bias, A, B, state.scaling)
 
     def _dropping(self) -> bool:

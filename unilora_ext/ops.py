@@ -38,7 +38,7 @@ __all__ = [
 
 def graph_is_traced() -> bool:
     """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records what runs now."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -130,8 +130,13 @@ def project_factors(
 @torch.compiler.assume_constant_result
 def _constant_operands(projection: Projection, device: torch.device, ranges, dtype: torch.dtype):
     """What the operator reads of some rows, made for real while a graph is traced, and constants of that graph."""
-    with _disable_current_modes():
-        return projection.rows(device, ranges).operands(dtype)
+    recorder = torch._C._get_tracing_state()  # of torch.jit.trace
+    torch._C._set_tracing_state(None)
+    try:
+        with _disable_current_modes():
+            return projection.rows(device, ranges).operands(dtype)
+    finally:
+        torch._C._set_tracing_state(recorder)
 
 
 def project_traced(

@@ -104,13 +104,31 @@ _Place = tuple[torch.device, Reduction | None]
 """What the parts of one projection have in common: the device and the reduction of the gradient."""
 
 
+_Step = dict[tuple[int, torch.device, torch.dtype, bool], Factors]
+"""The factors of one forward by slot, device, dtype and whether gradients are made."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A step without gradients, and the theta_d [d] that it was made from."""
+
+    theta_d: Tensor
+    step: _Step
+
+    def holds(self, theta_d: Tensor) -> bool:
+        """Whether theta_d has these values still. By value: a write through ``.data`` leaves no other trace."""
+        same_kind = self.theta_d.device == theta_d.device and self.theta_d.dtype == theta_d.dtype
+        return same_kind and torch.equal(self.theta_d, theta_d)
+
+
 class SharedVector(nn.Module):
     """theta_d, its projection and, while the model's forward runs, theta_D.
 
     The model calls :meth:`begin` and :meth:`end` around its forward (they are its hooks). In between, the first layer
-    that asks projects for all layers of its device. Nothing is kept longer, so a write to theta_d by any means is
-    seen by the next forward. A layer that runs outside (a sub-module called alone, a recomputation under activation
-    checkpointing) projects its own rows of P: the same values and gradients.
+    that asks projects for all layers of its device. What an evaluation without gradients has projected serves the next
+    one (the tokens of a text) as long as theta_d has the same values, which are compared: a write to theta_d by any
+    means is seen by the next forward. A layer that runs outside (a sub-module called alone, a recomputation under
+    activation checkpointing) projects its own rows of P: the same values and gradients.
 
     Attributes:
         theta_d: [d], float32, or float64 in a float64 model: the trainable vector.
@@ -150,29 +168,49 @@ class SharedVector(nn.Module):
         if faking():
             return  # fakes are not kept: each layer projects its own rows
         if self._groups is None:
-            self._groups = self._group_by_place(model)
-        self._step = {}
+            self._groups, self._kept = self._group_by_place(model), None
+        if not self._may_keep(model):
+            self._step, self._kept = {}, None
+        elif self._kept is None or not self._kept.holds(self.theta_d):
+            self._step = {}
+            self._kept = _Kept(self.theta_d.detach().clone(), self._step)
+        else:
+            self._step = self._kept.step
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model, called when its forward raises too."""
         self._step = self._traced = None
 
+    def _may_keep(self, model: nn.Module) -> bool:
+        theta_d = self.theta_d
+        if torch.is_grad_enabled() or model.training or not self.enabled or is_sharded(theta_d) or theta_d.is_meta:
+            return False
+        return not (theta_d.is_cuda and torch.cuda.is_current_stream_capturing())  # a comparison would wait for it
+
     def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors of one layer (of this process's part of it), differentiable in theta_d."""
+        if torch.compiler.is_compiling():
+            return self._traced_factors(slot_id, device, dtype)
+        if self._step is not None:
+            # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
+            factors = self._step.get((slot_id, device, dtype, torch.is_grad_enabled()))
+            return self._project_step(slot_id, device, dtype) if factors is None else factors
         if ops.graph_is_traced():
             return self._traced_factors(slot_id, device, dtype)
-        step, groups, part = self._step, self._groups, self.parts[slot_id]
-        if step is not None and groups is not None:
-            place = device, part.reduction
-            group = groups.get(place)
-            if group is not None and slot_id in group.parts:
-                # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
-                key = (place, dtype, torch.is_grad_enabled())
-                if key not in step:
-                    step[key] = self._project(group, place, dtype)
-                return step[key][slot_id]
+        return self._project_alone(slot_id, self.parts[slot_id], device, dtype)
+
+    def _project_step(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
+        """:meth:`factors` where no layer of the device has asked yet in this forward: projects for all of them."""
+        place, grad = (device, self.parts[slot_id].reduction), torch.is_grad_enabled()
+        group = None if self._groups is None else self._groups.get(place)
+        if group is None or slot_id not in group.parts:
             self._groups = None  # the layer has moved to another device: look again at the next forward
-        return self._project_alone(slot_id, part, device, dtype)
+            return self._project_alone(slot_id, self.parts[slot_id], device, dtype)
+        for each, factors in self._project(group, place, dtype).items():
+            self._step[each, device, dtype, grad] = factors
+        if grad:
+            self._kept = None  # they hold on to a graph
+        return self._step[slot_id, device, dtype, grad]
 
     def whole_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors of one layer, whatever part of it this process holds."""
@@ -252,7 +290,8 @@ class SharedVector(nn.Module):
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._step: dict[tuple[_Place, torch.dtype, bool], dict[int, Factors]] | None = None
+        self._step: _Step | None = None  # while the model's forward runs
+        self._kept: _Kept | None = None
         self._groups: dict[_Place, _Group] | None = None
         self._traced: dict[Reduction | None, dict[int, Factors]] | None = None  # while the model's forward is traced
 
@@ -265,7 +304,7 @@ class SharedVector(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None, "_groups": None, "_traced": None}
+        return {**self.__dict__, "_step": None, "_kept": None, "_groups": None, "_traced": None}
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
