@@ -122,6 +122,17 @@ def _cpu() -> list[str]:
             f"| {ours['ratio']:.2f} x the frozen layer | {peft['median_ms']:.3g} ms ({peft['ratio']:.2f} x) "
             f"| {peft['median_ms'] / ours['median_ms']:.2f} |"
         )
+    decode = load("decode", "cpu")
+    for count in dict.fromkeys(row["threads"] for row in decode):
+        case = {"threads": count}
+        ours, lora, peft = (
+            _pick(decode, **case, rival=rival) for rival in ("unilora_ext", "peft-lora", "peft-unilora")
+        )
+        lines.append(
+            f"| a token of {ours['model']}, cache of 16 | {count} | {ours['median_ms']:.3g} ms "
+            f"| {ours['ratio']:.2f} x the base model (PEFT LoRA {lora['ratio']:.2f} x) "
+            f"| {peft['median_ms']:.3g} ms ({peft['ratio']:.2f} x) | {peft['median_ms'] / ours['median_ms']:.2f} |"
+        )
     for step in load("step", "cpu"):
         if step["rival"] == "unilora_ext":
             peft = _pick(load("step", "cpu"), model=step["model"], rival="peft-unilora")
@@ -167,7 +178,7 @@ def _peft() -> list[str]:
         "",
         "| | unilora_ext | PEFT's UniLora |",
         "| --- | --- | --- |",
-        "| theta_D rebuilt | once a forward pass | two gathers in every layer |",
+        "| theta_D rebuilt | once a forward pass; not at all for the next token | two gathers in every layer |",
         f"| projection of Llama2-7B's theta_D, forward / backward | {ours} ms | {peft} ms |",
         f"| layer over the frozen layer, 1024 x 1024, 256 tokens | {layer[0]['ratio']:.2f} x "
         f"| {layer[1]['ratio']:.2f} x |",

@@ -228,3 +228,17 @@ def test_a_compiled_update_keeps_h_in_float32():
     compiled = torch.compile(ops.lora_update, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(y.clone(), x, A, B), ops.lora_update(y.clone(), x, A, B))
     torch.testing.assert_close(compiled(y.clone(), x, A, B), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("materialize", [True, False])
+def test_jit_trace(tmp_path, materialize):
+    """Right for another input and another theta_d, and after a save."""
+    model = torch.nn.Sequential(torch.nn.Linear(7, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3)).eval()
+    adapter = ul.attach(model, ul.UniLoRAConfig(r=2, d=9, init_bound=0.5, materialize=materialize))
+    traced, x = torch.jit.trace(model, (torch.randn(4, 7),)), torch.randn(5, 7)
+    with torch.no_grad():
+        adapter.theta_d.mul_(-1.5)
+        assert torch.equal(traced(x), model(x))
+        traced.save(str(tmp_path / "traced.pt"))
+        assert torch.equal(torch.jit.load(str(tmp_path / "traced.pt"))(x), model(x))

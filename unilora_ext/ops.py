@@ -173,7 +173,7 @@ def project_transpose(g_D: Tensor, rows: Rows, dtype: torch.dtype | None = None)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
-    """``y = x W^T + b + scaling (x A^T) B^T``, differentiable in x, A and B.
+    """``y = x W^T + b + scaling (x A^T) B^T``, differentiable in x, A and B, to any order.
 
     Args:
         x: [..., n], any leading shape, empty and non-contiguous ones too.
@@ -203,7 +203,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
 
 
 def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
-    """``y + scaling (x A^T) B^T``, differentiable in y, x, A and B: for a layer that makes y in its own way.
+    """``y + scaling (x A^T) B^T``, differentiable in y, x, A and B, to any order: for a layer that makes y in its own
+    way.
 
     Args:
         y: [..., m]. Its memory is used for the result where autograd allows that.

@@ -2,7 +2,7 @@
 
 In ``torch.profiler`` every operator shows under its own name with nothing to switch on: ``unilora::project``,
 ``unilora::project_scatter`` (its transpose; on CUDA ``unilora::project_segment_sum``), ``unilora::lora_linear``,
-``unilora::lora_linear_backward``, ``unilora::lora_update``. For Nsight Systems (nsys) there are NVTX ranges, of the
+``unilora::lora_linear_backward``, ``unilora::lora_update_``. For Nsight Systems (nsys) there are NVTX ranges, of the
 whole step from Python to the last kernel launch: ``unilora::project``, ``unilora::project_backward``,
 ``unilora::lora_linear``, ``unilora::lora_linear_backward``. They are off, and cost nothing, until :func:`enable` is
 called or the environment has ``UNILORA_NVTX=1`` when the package is imported.
