@@ -26,11 +26,13 @@ def command(arguments: Namespace) -> None:
 
     import torch
 
+    from unilora_ext.cli.base import check_tokens
     from unilora_ext.cli.encoding import prompt_ids
     from unilora_ext.cli.tasks import load_on
 
     decoder, _ = load_on(arguments.adapter, arguments.model, arguments.device)
     prompts = [prompt_ids(decoder.tokenizer, record) for record in records]
+    check_tokens(decoder.model, zip((record.where for record in records), prompts, strict=True))
     _check_lengths(decoder.model, records, prompts, arguments.max_new_tokens)
     torch.manual_seed(arguments.seed)
     answers = []

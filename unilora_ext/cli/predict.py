@@ -70,6 +70,7 @@ def predict(arguments: Namespace) -> None:
     from unilora_ext.cli.tasks import load_on
 
     classifier, _ = load_on(arguments.adapter, arguments.model, arguments.device)
+    classifier.ready(rows)
     probabilities = logits(classifier, [row.text for row in rows]).softmax(-1)
     best = probabilities.max(-1)
     records = [
