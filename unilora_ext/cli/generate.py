@@ -10,7 +10,7 @@ from pathlib import Path
 from unilora_ext.checkpoint import read
 from unilora_ext.cli.conversations import Record, read_conversations
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.predict import check_target, write
+from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.settings import CAUSAL_LM, check_task
 
 __all__ = ["command"]
