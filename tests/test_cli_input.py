@@ -189,6 +189,50 @@ def test_another_base_model_is_told(folder, capsys):
     assert "expected the weights the adapter was trained on" in message
 
 
+def test_a_model_folder_without_its_tokenizer(folder, capsys):
+    """Transformers makes up a tokenizer of special tokens alone: every text would be the same."""
+    write_model(folder / "silent")
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        (folder / "silent" / name).unlink()
+    expected = "silent: expected a model folder with its tokenizer, got one without a vocabulary"
+    assert expected in refused(folder, capsys, f"{FINETUNE} --model silent")
+    for command in ("evaluate --data good.csv", "predict --text good"):
+        assert expected in refused(folder, capsys, f"{command} --adapter run/adapter --model silent")
+
+
+@pytest.mark.parametrize("config", ["GPT2Config", "T5Config", "RobertaConfig"])
+def test_made_up_tokenizers_are_told(tmp_path, config):
+    import transformers
+
+    from unilora_ext.cli.base import check_tokenizer
+
+    getattr(transformers, config)().save_pretrained(tmp_path)
+    with pytest.raises(CliError, match="expected a model folder with its tokenizer, got one without a vocabulary"):
+        check_tokenizer("base", transformers.AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_a_tokenizer_of_another_model(folder, capsys):
+    """Larger than the embedding; and one that knows no word of the rows."""
+    write_model(folder / "large")
+    words = (folder / "large/vocab.txt").read_text().split()
+    rewrite_tokenizer(folder / "large", [*words[:-3], "more", "words", "again", *words[-3:]])
+    expected = "expected token numbers below 19, the rows of the model's embedding, got"
+    assert f"good.csv, line 2: {expected}" in refused(folder, capsys, f"{FINETUNE} --model large")
+    for command in ("evaluate --data good.csv", "predict --text very"):
+        assert expected in refused(folder, capsys, f"{command} --adapter run/adapter --model large")
+    write_model(folder / "abroad")
+    rewrite_tokenizer(folder / "abroad", [*words[:5], "bon", "chaud", "sage"])
+    expected = "good.csv: expected texts that the model's tokenizer has tokens for, got nothing but unknown"
+    assert expected in refused(folder, capsys, f"{FINETUNE} --model abroad")
+
+
+def rewrite_tokenizer(folder, words):
+    import transformers
+
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+
+
 def test_damaged_run_file(folder, capsys):
     (folder / "damaged").mkdir(exist_ok=True)
     (folder / "damaged/run.json").write_text('{"format_version": 1, "settings": {}}')

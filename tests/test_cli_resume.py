@@ -157,6 +157,43 @@ def test_changed_data_is_refused(data, uninterrupted, tmp_path, capsys):
     assert "expected the data the run began with" in capsys.readouterr().err
 
 
+@pytest.fixture
+def begun(data, tmp_path, monkeypatch):
+    """A run with a model folder of its own, interrupted after its first checkpoint."""
+    shutil.copytree(data / "tiny", tmp_path / "tiny")
+    arguments = command(data, tmp_path / "run")
+    arguments[arguments.index("--model") + 1] = str(tmp_path / "tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "prune", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        assert main(arguments) == 130
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["embeddings.word_embeddings.weight", "encoder.layer.1.attention.self.value.weight"])
+def test_changed_base_weights_are_refused(begun, capsys, name):
+    """One number, in a layer that is adapted or not."""
+    from safetensors.torch import load_file, save_file
+
+    path = begun / "tiny/model.safetensors"
+    weights = load_file(path)
+    whole = path.read_bytes()
+    weights[name][-1, -1] *= 1 + 2**-23
+    save_file(weights, path, {"format": "pt"})
+    before = {file: file.stat().st_mtime_ns for file in (begun / "run").rglob("*")}
+    assert main(["finetune", "--resume", str(begun / "run")]) == 2
+    assert "expected the frozen weights the run began with, got others in" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in (begun / "run").rglob("*")} == before
+
+    path.write_bytes(whole)
+    assert main(["finetune", "--resume", str(begun / "run")]) == 0
+    rows = ["--data", str(begun / "run/validation.csv")]
+    assert main(["evaluate", "--adapter", str(begun / "run/adapter"), *rows]) == 0
+    assert "warning" not in capsys.readouterr().err
+    save_file(weights, path, {"format": "pt"})
+    assert main(["evaluate", "--adapter", str(begun / "run/adapter"), *rows]) == 0
+    assert "warning: --model" in capsys.readouterr().err
+
+
 def test_a_second_process_is_kept_out(tmp_path):
     with (
         _alone(tmp_path, create=False),

@@ -6,18 +6,36 @@
 >>> adapter = ul.attach(model, ul.UniLoRAConfig(r=4, target_modules=["query", "value"]))
 >>> optimizer = torch.optim.AdamW([adapter.theta_d], lr=5e-3)
 >>> adapter.save("adapter")
+
+Names are imported when they are first used, so that ``unilora --help`` need not wait for PyTorch. The operators
+``torch.ops.unilora`` are registered by ``import unilora_ext`` where torch has been imported before it, and else by the
+first name used. Who calls them by themselves in a program that imports torch later writes
+``import unilora_ext.ops``.
 """
 
-from unilora_ext import distributed, integrations
-from unilora_ext._native import _C
-from unilora_ext.adapter import Adapter, attach, get_adapter
-from unilora_ext.checkpoint import AdapterFile, load, read
-from unilora_ext.config import UniLoRAConfig, default_d
-from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
-from unilora_ext.linear import UniLoRALinear
-from unilora_ext.ops import lora_linear
-from unilora_ext.projections import BalancedProjection, OneHotProjection, PeftProjection, Projection, UniformProjection
-from unilora_ext.shared_vector import SharedVector
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unilora_ext import distributed, integrations
+    from unilora_ext._native import _C as _C
+    from unilora_ext._native import __version__
+    from unilora_ext.adapter import Adapter, attach, get_adapter
+    from unilora_ext.checkpoint import AdapterFile, load, read
+    from unilora_ext.config import UniLoRAConfig, default_d
+    from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
+    from unilora_ext.linear import UniLoRALinear
+    from unilora_ext.ops import lora_linear
+    from unilora_ext.projections import (
+        BalancedProjection,
+        OneHotProjection,
+        PeftProjection,
+        Projection,
+        UniformProjection,
+    )
+    from unilora_ext.shared_vector import SharedVector
 
 __all__ = [
     "Adapter",
@@ -44,4 +62,42 @@ __all__ = [
     "read",
 ]
 
-__version__: str = _C.version
+_NAMES = {
+    "_native": ("_C", "__version__"),
+    "adapter": ("Adapter", "attach", "get_adapter"),
+    "checkpoint": ("AdapterFile", "load", "read"),
+    "config": ("UniLoRAConfig", "default_d"),
+    "errors": ("AdapterFileError", "AttachError", "UniLoRAError"),
+    "linear": ("UniLoRALinear",),
+    "ops": ("lora_linear",),
+    "projections": (
+        "BalancedProjection",
+        "OneHotProjection",
+        "PeftProjection",
+        "Projection",
+        "UniformProjection",
+    ),
+    "shared_vector": ("SharedVector",),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+"""The module of each name; any other name is a module of its own."""
+
+
+def __getattr__(name: str) -> Any:
+    module = f"{__name__}.{_MODULE_OF.get(name, name)}"
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(module), name)
+    elif not name.startswith("__") and importlib.util.find_spec(module) is not None:
+        value = importlib.import_module(module)
+    else:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    globals()[name] = value  # the next use is an ordinary look-up
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:
+    importlib.import_module("unilora_ext._operators")

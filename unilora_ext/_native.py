@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["_C", "cuda_library"]
+__all__ = ["_C", "__version__", "cuda_library"]
 
 try:
     from unilora_ext import _C  # torch comes first: it loads the libtorch that _C needs
@@ -16,6 +16,8 @@ except ImportError as error:
         "folder, build it with 'pip install -e .', or start Python elsewhere to use the installed package; "
         "else install again with 'pip install .'"
     ) from error
+
+__version__: str = _C.version
 
 
 def _load_cuda_library() -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unilora_ext.checkpoint import AdapterFile, read
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.predict import check_target, write
+from unilora_ext.cli.outputs import check_target, write
 
 __all__ = ["export", "inspect", "merge"]
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithPadding
 
+from unilora_ext.cli.base import check_base, check_tokenizer, check_tokens
 from unilora_ext.cli.data import Row
 from unilora_ext.cli.errors import CliError
-from unilora_ext.cli.model import Score, TaskModel, attach, check_base, first_line, quiet_bars
+from unilora_ext.cli.model import Score, TaskModel, attach, first_line, quiet_bars
 from unilora_ext.cli.packages import model_path
 from unilora_ext.cli.settings import CLASSIFICATION, Settings
 
@@ -78,6 +79,8 @@ class Classifier(TaskModel):
         }
 
     def ready(self, rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
+        ids = self.tokenizer([row.text for row in rows], truncation=True, max_length=self.max_length)["input_ids"]
+        check_tokens(self.model, zip((row.where for row in rows), ids, strict=True))
         return list(rows), {}
 
     def examples(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -138,8 +141,10 @@ def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tup
                 f"--model {base}: expected a Transformers encoder for sequence classification with its tokenizer; "
                 f"loading it failed: {first_line(error)}"
             ) from error
+    check_tokenizer(base, tokenizer)
     if tokenizer.pad_token is None:
         raise CliError(f"--model {base}: expected a tokenizer with a padding token, got one without")
+    check_tokens(model, [(f"--model {base}: padding token", [tokenizer.pad_token_id])])
     limit = min(tokenizer.model_max_length, _positions(model))
     if max_length is None:
         max_length = min(DEFAULT_MAX_LENGTH, limit)

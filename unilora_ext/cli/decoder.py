@@ -14,10 +14,11 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from unilora_ext.cli.base import check_base, check_tokenizer, check_tokens
 from unilora_ext.cli.conversations import Record
 from unilora_ext.cli.encoding import IGNORED, encode, pad
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.model import Score, TaskModel, attach, check_base, first_line, quiet_bars
+from unilora_ext.cli.model import Score, TaskModel, attach, first_line, quiet_bars
 from unilora_ext.cli.packages import model_path
 from unilora_ext.cli.settings import CAUSAL_LM, Settings
 
@@ -67,11 +68,14 @@ class Decoder(TaskModel):
     @property
     def pad_id(self) -> int:
         """A token to fill up with; it is masked, so any will do."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(number for number in known if number is not None)
+        return next(number for number in known if number is not None and number < rows)
 
     def ready(self, rows: Sequence[Record]) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
         encoded = encode(self.tokenizer, rows, self.max_length)
+        place = f"{rows[0].where} and after"
+        check_tokens(self.model, ((place, example["input_ids"]) for example in encoded.examples))
         return encoded.examples, encoded.counts.asdict()
 
     def examples(self, rows: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
@@ -184,6 +188,7 @@ def load_base(base: str, max_length: int | None, dtype: str) -> tuple[Any, Any, 
                 f"--model {base}: expected a Transformers causal language model with its tokenizer; "
                 f"loading it failed: {first_line(error)}"
             ) from error
+    check_tokenizer(base, tokenizer)
     missing = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
     if missing:
         raise CliError(

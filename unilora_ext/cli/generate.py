@@ -10,7 +10,7 @@ from pathlib import Path
 from unilora_ext.checkpoint import read
 from unilora_ext.cli.conversations import Record, read_conversations
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.predict import check_target, write
+from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.settings import CAUSAL_LM, check_task
 
 __all__ = ["command"]
@@ -26,11 +26,13 @@ def command(arguments: Namespace) -> None:
 
     import torch
 
+    from unilora_ext.cli.base import check_tokens
     from unilora_ext.cli.encoding import prompt_ids
     from unilora_ext.cli.tasks import load_on
 
     decoder, _ = load_on(arguments.adapter, arguments.model, arguments.device)
     prompts = [prompt_ids(decoder.tokenizer, record) for record in records]
+    check_tokens(decoder.model, zip((record.where for record in records), prompts, strict=True))
     _check_lengths(decoder.model, records, prompts, arguments.max_new_tokens)
     torch.manual_seed(arguments.seed)
     answers = []

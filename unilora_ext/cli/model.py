@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +14,12 @@ import transformers
 from torch import Tensor, nn
 
 import unilora_ext as ul
+from unilora_ext.cli.base import base_digest, base_sha256
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.settings import Settings
 from unilora_ext.targets import find_targets
 
-__all__ = ["Score", "TaskModel", "attach", "base_digest", "check_base", "device_of", "first_line", "quiet_bars"]
+__all__ = ["Score", "TaskModel", "attach", "device_of", "first_line", "quiet_bars"]
 
 SMALL_D = 4096  # the paper's ratio D / d of about 18 leaves a small model too little; 16 KiB is no burden
 
@@ -85,9 +84,15 @@ class TaskModel(ABC):
             "task": self.task,
             "base_model": settings.model,
             "base_digest": base_digest(self.adapter),
+            "base_sha256": self.base_sha256,
             "max_length": self.max_length,
             "text_column": settings.text_column,
         }
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """SHA-256 of the frozen weights, which no training changes."""
+        return base_sha256(self.adapter)
 
     @abstractmethod
     def ready(self, rows: Sequence[Any]) -> tuple[list[Any], dict[str, int]]:
@@ -131,15 +136,6 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_base(base: str) -> None:
-    """Refuses a path that is no model folder; whatever else is no path may be a hub name."""
-    if os.path.isdir(base):
-        if not os.path.isfile(os.path.join(base, "config.json")):
-            raise CliError(f"--model {base}: expected a model folder with config.json, found none in it")
-    elif Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
-        raise CliError(f"--model {base}: expected a model folder or a hub name, got a path that is no folder")
-
-
 def attach(model: nn.Module, settings: Settings, targets: Sequence[str] | str, whole: Sequence[str]) -> ul.Adapter:
     """A new adapter, as a run's settings ask for it.
 
@@ -165,14 +161,6 @@ def attach(model: nn.Module, settings: Settings, targets: Sequence[str] | str, w
         D = sum((target.m + target.n) * chosen.r for target in find_targets(model, targets, whole))
         chosen = replace(chosen, d=max(ul.default_d(D), min(SMALL_D, D // 9)))
     return ul.attach(model, chosen)
-
-
-def base_digest(adapter: ul.Adapter) -> str:
-    """A short digest of the base weights (the first row of every adapted one), to tell another base model."""
-    digest = hashlib.sha256()
-    for name, layer in adapter.layers.items():
-        digest.update(name.encode() + layer.weight[0].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def first_line(error: BaseException) -> str:

@@ -9,13 +9,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from unilora_ext.checkpoint import read, replace_file
+from unilora_ext.checkpoint import read
 from unilora_ext.cli.conversations import read_conversations
 from unilora_ext.cli.data import Row, read_rows
 from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION, check_task
 
-__all__ = ["check_target", "describe", "evaluate", "predict", "write"]
+__all__ = ["describe", "evaluate", "predict"]
 
 
 def evaluate(arguments: Namespace) -> None:
@@ -70,6 +71,7 @@ def predict(arguments: Namespace) -> None:
     from unilora_ext.cli.tasks import load_on
 
     classifier, _ = load_on(arguments.adapter, arguments.model, arguments.device)
+    classifier.ready(rows)
     probabilities = logits(classifier, [row.text for row in rows]).softmax(-1)
     best = probabilities.max(-1)
     records = [
@@ -100,23 +102,6 @@ def describe(counts: dict[str, int]) -> str:
         if counts[key]:
             parts.append(f"{counts[key]:,} {text}")
     return "; ".join(parts)
-
-
-def check_target(path: str | None, source: str | None, option: str = "--json") -> None:
-    """Refuses to write over the input or into a folder that is missing."""
-    if path is None:
-        return
-    target = Path(path)
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        got = "a folder" if target.is_dir() else f"no folder {target.parent}"
-        raise CliError(f"{option} {path}: expected the name of a file in an existing folder, got {got}")
-    if source is not None and target.exists() and target.samefile(source):
-        raise CliError(f"{option} {path}: expected another file than the input, got the same")
-
-
-def write(path: str, text: str) -> None:
-    """Writes a file in one step."""
-    replace_file(Path(path), text.encode())
 
 
 def _jsonl(records: list[dict[str, Any]]) -> str:

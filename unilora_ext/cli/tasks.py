@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import unilora_ext as ul
+from unilora_ext.cli.base import base_digest
 from unilora_ext.cli.classifier import Classifier
 from unilora_ext.cli.decoder import Decoder
 from unilora_ext.cli.errors import CliError
-from unilora_ext.cli.model import TaskModel, base_digest, device_of
+from unilora_ext.cli.model import TaskModel, device_of
 
 __all__ = ["TASKS", "load_on", "load_task_model"]
 
@@ -45,7 +47,14 @@ def load_task_model(folder: str | Path, base: str | None = None) -> tuple[TaskMo
             f"got others (digest {base_digest(adapter)})"
         )
     model.eval()
-    return kind(adapter=adapter, **attributes), file
+    task = kind(adapter=adapter, **attributes)
+    if facts.get("base_sha256", task.base_sha256) != task.base_sha256:
+        print(
+            f"unilora: warning: --model {name}: expected the frozen weights the adapter was trained on (SHA-256 "
+            f"{facts['base_sha256'][:16]}...), got others ({task.base_sha256[:16]}...): its numbers will be others too",
+            file=sys.stderr,
+        )
+    return task, file
 
 
 def load_on(folder: str | Path, base: str | None, device: str) -> tuple[TaskModel, ul.AdapterFile]:

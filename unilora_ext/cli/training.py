@@ -16,6 +16,7 @@ import transformers
 import unilora_ext as ul
 from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli import checkpoints, distributed, report, sizes
+from unilora_ext.cli.base import check_known
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.model import Score, TaskModel, device_of
 from unilora_ext.cli.predict import describe
@@ -43,6 +44,9 @@ def prepare(settings: Settings, rows: Rows) -> tuple[TaskModel, Rows]:
     if settings.gradient_checkpointing and not getattr(task.model, "supports_gradient_checkpointing", False):
         raise CliError(f"--gradient-checkpointing: {type(task.model).__name__} does not offer it")
     ready = {name: task.ready(part) for name in ("training", "validation", "test") if (part := getattr(rows, name))}
+    check_known(
+        settings.data, task.tokenizer, [example["input_ids"] for example in task.examples(ready["training"][0])]
+    )
     counts = {name: counted for name, (_, counted) in ready.items() if counted}
     return task, replace(rows, **{name: part for name, (part, _) in ready.items()}, counts=counts)
 
