@@ -100,4 +100,4 @@ def __dir__() -> list[str]:
 
 
 if "torch" in sys.modules:
-    importlib.import_module("unilora_ext._operators")
+    importlib.import_module("unilora_ext.ops")
