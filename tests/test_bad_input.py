@@ -44,7 +44,7 @@ WRONG_ATTACH = {
     "a layer whose parent reads its weight": (
         Attention,
         adapted(target_modules=["out_proj"]),
-        r"'attention.out_proj' .*MultiheadAttention reads its weight and never calls it",
+        r"'attention.out_proj' .*MultiheadAttention reads its weight instead of calling it",
     ),
     "more columns than rows": (
         Tower,

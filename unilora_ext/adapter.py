@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from unilora_ext.config import UniLoRAConfig, default_d
 from unilora_ext.errors import AttachError, UniLoRAError
@@ -17,7 +16,8 @@ from unilora_ext.linear import LayerState, UniLoRALayer, initial_theta_d
 from unilora_ext.projections import Projection, make_projection
 from unilora_ext.sharded_tensors import exchange_, managed_by_fsdp
 from unilora_ext.shared_vector import SharedVector, Slot
-from unilora_ext.targets import Target, find_modules, find_targets, uses_fused_encoder_path
+from unilora_ext.targets import Target, find_modules, find_targets
+from unilora_ext.uncalled import CallWatch, Handle, keep_called
 
 __all__ = ["Adapter", "attach", "get_adapter"]
 
@@ -35,7 +35,7 @@ class Attachment:
     requires_grad: dict[str, bool]  # of every parameter, before
     classes: dict[str, type[nn.Module]]  # of every adapted layer, before
     saved_originals: dict[str, Tensor]  # parameters and buffers of modules_to_save, before
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[Handle] = field(default_factory=list)
     theta_d_trained: bool = True  # theta_d.requires_grad before merge()
     replicated: bool = False  # what is trained is whole on every process, see distributed.replicate
 
@@ -120,7 +120,6 @@ def _attach(
     )
     vector.attachment = attachment
 
-    modules = dict(model.named_modules())
     model.requires_grad_(False)
     for _, module in find_modules(model, config.modules_to_save, "modules_to_save"):
         for parameter in module.parameters():
@@ -128,11 +127,13 @@ def _attach(
     for slot_id, target in enumerate(targets):
         set_class(target.module, target.adapted_class)
         target.module._unilora = LayerState(vector, slot_id, config.scaling, config.dropout)
-        if uses_fused_encoder_path(target.name, modules):
-            attachment.handles.append(target.module.register_forward_hook(_be_called))
     setattr(model, CHILD, vector)
-    attachment.handles.append(model.register_forward_pre_hook(vector.begin))
-    attachment.handles.append(model.register_forward_hook(vector.end, always_call=True))
+    attachment.handles += [
+        *keep_called(model, attachment.classes),
+        model.register_forward_pre_hook(vector.begin),
+        model.register_forward_hook(vector.end, always_call=True),
+        CallWatch(model, vector),
+    ]
     return Adapter(model)
 
 
@@ -141,10 +142,6 @@ def set_class(module: nn.Module, adapted_class: type[nn.Module]) -> None:
     module.__class__ = adapted_class
     if "_old_forward" in module.__dict__:
         module._old_forward = adapted_class.forward.__get__(module)
-
-
-def _be_called(module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook that does nothing: its presence keeps a fused parent from reading the weight instead."""
 
 
 def saved_tensors(model: nn.Module, config: UniLoRAConfig) -> dict[str, Tensor]:

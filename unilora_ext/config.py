@@ -36,7 +36,7 @@ class UniLoRAConfig:
         d: length of theta_d; None: the paper's ratio, see :func:`default_d`.
         target_modules: which linear layers are adapted: a list of names or name endings (``["query", "value"]``), a
             regular expression that must match the whole module name, or ``"all-linear"`` (every linear layer but the
-            output head).
+            output head and those that are known to be read and not called).
         projection: ``"uniform"`` (the paper's), ``"balanced"``, or ``"peft"`` (PEFT's own index, A before B).
         seed: of P, in [0, 2^63). theta_d itself starts from PyTorch's global generator.
         alpha: the update is scaled by alpha / r; None: by 1, as in the paper's code.

@@ -136,6 +136,7 @@ class SharedVector(nn.Module):
         slots: where each layer's factors lie in theta_D.
         parts: what this process holds of each.
         enabled: whether the layers add their update.
+        asked: while not None, the slots that ask for their factors outside a traced graph are put in it.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class SharedVector(nn.Module):
         self.slots = tuple(slots)
         self.parts = tuple(slot.part() for slot in slots) if parts is None else tuple(parts)
         self.enabled = True
+        self.asked: set[int] | None = None
         self._forget()
 
     def forward(self, x: Any) -> Any:
@@ -191,6 +193,8 @@ class SharedVector(nn.Module):
         """The factors of one layer (of this process's part of it), differentiable in theta_d."""
         if torch.compiler.is_compiling():
             return self._traced_factors(slot_id, device, dtype)
+        if (asked := self.asked) is not None:
+            asked.add(slot_id)
         if self._step is not None:
             # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
             factors = self._step.get((slot_id, device, dtype, torch.is_grad_enabled()))

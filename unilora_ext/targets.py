@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor
 from unilora_ext.errors import AttachError, shown
 from unilora_ext.linear import UniLoRALayer, UniLoRALinear, updated_class
 from unilora_ext.sharded_tensors import is_sharded, managed_by_fsdp
+from unilora_ext.uncalled import reads_weight
 
 __all__ = ["Target", "find_modules", "find_targets"]
 
@@ -107,22 +108,19 @@ def find_modules(model: nn.Module, endings: Sequence[str], field: str) -> list[t
 
 
 def _all_linear_names(model: nn.Module, inside_whole: set[int]) -> list[str]:
-    """Every Linear and Conv1D but the output head: in a Transformers model with a head, all that lies outside its
-    ``base_model``. A plain module has no telling head: there, name it in modules_to_save."""
+    """Every Linear and Conv1D but those whose parent reads their weight, and the output head: in a Transformers model
+    with a head, all that lies outside its ``base_model``. A plain module has no telling head: there, name it in
+    modules_to_save."""
     base = getattr(model, "base_model", model)
     body = {id(part) for part in base.modules()} if isinstance(base, nn.Module) else None
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
     names = []
     for name, module in model.named_modules():
         left_out = id(module) in inside_whole or module is head or (body is not None and id(module) not in body)
-        if _is_linear(module) and name and not left_out and not _is_attention_output(name, model):
+        above, _, child = name.rpartition(".")
+        if _is_linear(module) and name and not left_out and reads_weight(model.get_submodule(above), child) is None:
             names.append(name)
     return names
-
-
-def _is_attention_output(name: str, model: nn.Module) -> bool:
-    parent, _, child = name.rpartition(".")
-    return child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -159,11 +157,10 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
 
     if isinstance(module, UniLoRALayer):
         raise refuse("it has a Uni-LoRA adapter already; detach it first")
-    parent = modules.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        raise refuse(
-            "torch.nn.MultiheadAttention reads its weight and never calls it, so an update would have no effect"
-        )
+    above, _, child = name.rpartition(".")
+    reader = reads_weight(modules.get(above), child)
+    if reader is not None:
+        raise refuse(f"{reader} reads its weight instead of calling it, so an update would have no effect")
     if not _is_linear(module) or (_features(module) is None and not _is_conv1d(module)):
         raise refuse(
             "expected a torch.nn.Linear, a transformers Conv1D, or another linear layer with in_features and "
@@ -204,9 +201,3 @@ def _linear_endings(model: nn.Module) -> str:
     if not endings:
         return "no linear layers"
     return "the linear layers " + ", ".join(f"{name} (x{count})" for name, count in sorted(endings.items()))
-
-
-def uses_fused_encoder_path(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether the parent may read the layer's weight instead of calling it, as torch.nn.TransformerEncoderLayer does
-    in evaluation, unless a module inside has a forward hook."""
-    return isinstance(modules.get(name.rpartition(".")[0]), torch.nn.TransformerEncoderLayer)
