@@ -351,6 +351,16 @@ def test_transformer_encoder_with_a_padding_mask(norm_first, batch_first, target
     torch.testing.assert_close(run(model), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_layer_made_by_hand_in_an_encoder_layer(no_fast_path):
+    layer = encoder(False, True).layers[0]
+    layer.linear1 = ul.UniLoRALinear.from_linear(layer.linear1, r=2, d=20, init_bound=1.0)
+    x = torch.randn(4, 6, 16, dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x)
+        no_fast_path()
+        torch.testing.assert_close(y, layer(x), rtol=1e-9, atol=1e-9)
+
+
 def test_encoders_use_nested_tensors_again_after_detach():
     model = nn.ModuleDict({"adapted": encoder(False, True), "other": encoder(False, True)})
     adapter = ul.attach(model, ul.UniLoRAConfig(r=2, d=30, target_modules=["adapted.layers.2.linear1"]))

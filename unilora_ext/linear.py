@@ -21,6 +21,7 @@ from unilora_ext.errors import UniLoRAError
 from unilora_ext.projections import Projection, make_projection
 from unilora_ext.sharded_tensors import exchange_, is_sharded, managed_by_fsdp
 from unilora_ext.shared_vector import Part, SharedVector, Slot
+from unilora_ext.uncalled import be_called
 
 __all__ = ["LayerState", "UniLoRALayer", "UniLoRALinear", "UniLoRAUpdate", "initial_theta_d", "updated_class"]
 
@@ -273,6 +274,7 @@ class UniLoRALinear(UniLoRALayer, nn.Linear):
         theta_d = initial_theta_d(projection.d, self.weight, init_bound)
         self.vector = SharedVector(theta_d, projection, [replace(slot, a_first=projection.a_first)])
         self._unilora = LayerState(self.vector, 0, config.scaling, config.dropout)
+        self.register_forward_hook(be_called)
 
     @property
     def theta_d(self) -> nn.Parameter:
