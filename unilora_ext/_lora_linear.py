@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _AutoDispatchBelowAutograd, _ExcludeDispatchKeyGuard
+from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from unilora_ext import trace
-from unilora_ext._operators import accumulator_dtype, library
+from unilora_ext._operators import accumulator_dtype, below_autograd, library
 
 __all__ = ["LoraLinearFunction", "LoraUpdateFunction", "autocast_dtype", "autocasting"]
 
@@ -36,9 +36,9 @@ class LoraLinearFunction(Function):
     # The forward that takes ctx: with a setup_context of its own, PyTorch inspects the signature in every call, which
     # costs a small layer as much as its low-rank part.
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling):
-        with trace.span("unilora::lora_linear"), _AutoDispatchBelowAutograd():
-            y, h = operators.lora_linear(x, weight, bias, A, B, scaling)
+    def forward(ctx, x, weight, bias, A, B, scaling, keyset=None):
+        with trace.span("unilora::lora_linear"):
+            y, h = below_autograd(operators.lora_linear.default, keyset, x, weight, bias, A, B, scaling)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(h)
         ctx.save_for_backward(x, h, weight, A, B)
@@ -48,15 +48,15 @@ class LoraLinearFunction(Function):
     @staticmethod
     def backward(ctx, grad_y, _):
         if grad_y is None:
-            return (None,) * 6
+            return (None,) * 7
         x, h, weight, A, B = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         with trace.span("unilora::lora_linear_backward"), _ExcludeDispatchKeyGuard(_AUTOCAST):
             grad_x, grad_A, grad_B = _gradients(grad_y, x, h, weight, A, B, ctx.scaling, need_x, need_A, need_B)
             # W and b are frozen in Uni-LoRA; a caller that trains them all the same gets their plain gradients.
             grad_weight = _rows(grad_y).T @ _rows(x) if need_weight else None
             grad_bias = _rows(grad_y).sum(0) if need_bias else None
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None
 
 
 class LoraUpdateFunction(Function):
@@ -64,8 +64,8 @@ class LoraUpdateFunction(Function):
 
     @staticmethod
     def forward(ctx, y, x, A, B, scaling):
-        with trace.span("unilora::lora_update"), _AutoDispatchBelowAutograd():
-            h = operators.lora_update_(y, x, A, B, scaling)
+        with trace.span("unilora::lora_update"):
+            h = below_autograd(operators.lora_update_.default, None, y, x, A, B, scaling)
         ctx.mark_dirty(y)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h, A, B)
@@ -86,9 +86,8 @@ class _LoraUpdatedFunction(Function):
     """(y + s h B^T, h): :class:`LoraUpdateFunction` into new memory, the operator ``lora_update``."""
 
     @staticmethod
-    def forward(ctx, y, x, A, B, scaling):
-        with _AutoDispatchBelowAutograd():
-            updated, h = operators.lora_update(y, x, A, B, scaling)
+    def forward(ctx, y, x, A, B, scaling, keyset):
+        updated, h = below_autograd(operators.lora_update.default, keyset, y, x, A, B, scaling)
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h, A, B)
@@ -97,16 +96,16 @@ class _LoraUpdatedFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_y, _):
-        return LoraUpdateFunction.backward(ctx, grad_y)
+        return *LoraUpdateFunction.backward(ctx, grad_y), None
 
 
 class _LoraLinearBackwardFunction(Function):
     """(dx, dA, dB); see the head of this file."""
 
     @staticmethod
-    def forward(ctx, grad_y, x, h, weight, A, B, scaling, need_x, need_A, need_B):
-        with _AutoDispatchBelowAutograd():
-            grads = operators.lora_linear_backward(grad_y, x, h, weight, A, B, scaling, need_x, need_A, need_B)
+    def forward(ctx, grad_y, x, h, weight, A, B, scaling, need_x, need_A, need_B, keyset=None):
+        args = grad_y, x, h, weight, A, B, scaling, need_x, need_A, need_B
+        grads = below_autograd(operators.lora_linear_backward.default, keyset, *args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_y, x, weight, A, B)
         ctx.scaling = scaling
@@ -137,18 +136,18 @@ class _LoraLinearBackwardFunction(Function):
             if need_weight and X is not None:
                 grad_weight = _rows(grad_y).T @ _rows(X)
         grad_x, grad_A, grad_B = sums
-        return grad_grad_y, grad_x, None, grad_weight, grad_A, grad_B, *[None] * 4
+        return grad_grad_y, grad_x, None, grad_weight, grad_A, grad_B, *[None] * 5
 
 
 def _gradients(grad_y, x, h, weight, A, B, scaling, *needs: bool) -> tuple[Tensor | None, ...]:
     """(dx, dA, dB), None for what is not needed; differentiable where a graph of the backward is made."""
     if not any(needs):
         return None, None, None
+    args = grad_y, x, h, weight, A, B, scaling, *needs
     if torch.is_grad_enabled():
-        grads = _LoraLinearBackwardFunction.apply(grad_y, x, h, weight, A, B, scaling, *needs)
+        grads = _LoraLinearBackwardFunction.apply(*args)
     else:
-        with _AutoDispatchBelowAutograd():
-            grads = operators.lora_linear_backward(grad_y, x, h, weight, A, B, scaling, *needs)
+        grads = below_autograd(operators.lora_linear_backward.default, None, *args)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
@@ -166,18 +165,20 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _no_derivative(*args):
+def _no_derivative(keyset, *args):
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         raise RuntimeError("unilora::lora_update_: has no derivative; unilora::lora_update has")
-    with _AutoDispatchBelowAutograd():
-        return operators.lora_update_(*args)
+    return below_autograd(operators.lora_update_.default, keyset, *args)
 
 
 # Function.apply in any case: it refuses the tangents of forward-mode differentiation, which a kernel without it drops.
-library.impl("lora_linear", LoraLinearFunction.apply, "Autograd")
-library.impl("lora_update", _LoraUpdatedFunction.apply, "Autograd")
-library.impl("lora_update_", _no_derivative, "Autograd")
-library.impl("lora_linear_backward", _LoraLinearBackwardFunction.apply, "Autograd")
+for _name, _function in (
+    ("lora_linear", LoraLinearFunction),
+    ("lora_update", _LoraUpdatedFunction),
+    ("lora_linear_backward", _LoraLinearBackwardFunction),
+):
+    library.impl(_name, lambda keyset, *args, f=_function: f.apply(*args, keyset), "Autograd", with_keyset=True)
+library.impl("lora_update_", _no_derivative, "Autograd", with_keyset=True)
 
 
 # ---- autocast: casts at the entry, as F.linear does; ATen's products inside do not meet it again ------------------

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
+from torch._C import DispatchKeySet, _after_autograd_keyset, _AutoDispatchBelowAutograd
 from torch.autograd import Function
 
 import unilora_ext._native  # noqa: F401  registers the operators
 
-__all__ = ["accumulator_dtype", "library"]
+__all__ = ["accumulator_dtype", "below_autograd", "library"]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -198,6 +198,15 @@ def _seeded_scatter_backward(ctx, grad_g_d):
     return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 6
 
 
+def below_autograd(operator: torch._ops.OpOverload, keyset: DispatchKeySet | None, *args: Any) -> Any:
+    """The operator's own kernel: called as it is, or with the `keyset` of a call that has come as far as autograd, so
+    that a profiler does not see a second one."""
+    with _AutoDispatchBelowAutograd():
+        if keyset is None:
+            return operator(*args)
+        return operator.redispatch(keyset & _after_autograd_keyset, *args)
+
+
 def _register_derivative(name: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
     """``torch.library.register_autograd``, but for the tangents of forward-mode differentiation: that drops them, and
     this, as every ``torch.autograd.Function`` without a rule for them, refuses."""
@@ -206,11 +215,10 @@ def _register_derivative(name: str, backward: Callable[..., Any], save: Callable
 
     class Derivative(Function):
         @staticmethod
-        def forward(ctx, lengths, *flat):
+        def forward(ctx, keyset, lengths, *flat):
             values = iter(flat)
             args = [next(values) if n is None else [next(values) for _ in range(n)] for n in lengths]
-            with _AutoDispatchBelowAutograd():
-                output = operator(*args)
+            output = below_autograd(operator, keyset, *args)
             save(ctx, args, output)
             ctx.lengths = lengths
             return output
@@ -220,15 +228,15 @@ def _register_derivative(name: str, backward: Callable[..., Any], save: Callable
             flat: list[Any] = []
             for n, value in zip(ctx.lengths, backward(ctx, grad), strict=True):
                 flat += [value] if n is None else [None] * n if value is None else value
-            return None, *flat
+            return None, None, *flat
 
-    def kernel(*args):
+    def kernel(keyset, *args):
         args = (*args, *defaults[len(args) :])
         lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in args]
         flat = [v for n, value in zip(lengths, args, strict=True) for v in ([value] if n is None else value)]
-        return Derivative.apply(lengths, *flat)
+        return Derivative.apply(keyset, lengths, *flat)
 
-    library.impl(name, kernel, "Autograd")
+    library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 library = torch.library.Library("unilora", "FRAGMENT")
