@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from unilora_ext import ops
 from unilora_ext.config import UniLoRAConfig, default_d
 from unilora_ext.errors import UniLoRAError
+from unilora_ext.merging import MergeableLayer
 from unilora_ext.projections import Projection, make_projection
-from unilora_ext.sharded_tensors import exchange_, is_sharded, managed_by_fsdp
+from unilora_ext.sharded_tensors import is_sharded
 from unilora_ext.shared_vector import Part, SharedVector, Slot
 
 __all__ = ["LayerState", "UniLoRALayer", "UniLoRALinear", "UniLoRAUpdate", "initial_theta_d", "updated_class"]
@@ -35,6 +36,7 @@ class LayerState:
         scaling: s.
         dropout: probability with which an input of the LoRA path is zeroed in training.
         original: while merged, the weight as it was.
+        merged_sums: while merged, what tells whether the weight was written since.
     """
 
     vector: SharedVector
@@ -42,20 +44,19 @@ class LayerState:
     scaling: float
     dropout: float
     original: Tensor | None = None
+    merged_sums: tuple[Tensor, Tensor] | None = None
 
     @property
     def slot(self) -> Slot:
         return self.vector.slots[self.slot_id]
 
 
-class UniLoRALayer(nn.Module):
+class UniLoRALayer(MergeableLayer):
     """The update, as a mixin in front of a linear layer class whose parameters it leaves as they are. This one is for
     layers with a plain floating ``weight`` and a ``bias``."""
 
     _unilora: LayerState
-    weight: Tensor
     bias: Tensor | None
-    fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
 
     def dense_weight(self) -> Tensor:
         """W as [m, n], whatever the layout of ``weight``."""
@@ -80,17 +81,17 @@ class UniLoRALayer(nn.Module):
         """s = alpha / r."""
         return self._unilora.scaling
 
-    @property
-    def merged(self) -> bool:
-        """Whether the update is folded into ``weight``."""
-        return self._unilora.original is not None
-
     def lora_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A [r, n] and B [m, r], differentiable in theta_d, in `dtype` (default: that of ``weight``; float32 where
         that is not a floating one)."""
         state = self._unilora
         device, own = self.factors_like()
-        return state.vector.factors(state.slot_id, device, dtype or own)
+        return state.vector.fresh_factors(state.slot_id, device, dtype or own)
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of what this process holds of W, from the projection of the running forward."""
+        state = self._unilora
+        return state.vector.factors(state.slot_id, self.factors_like()[0], dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         state = self._unilora
@@ -103,7 +104,7 @@ class UniLoRALayer(nn.Module):
             return super().forward(x)
         if self._dropping():
             return self._updated(super().forward(x), x)
-        A, B = self.lora_factors(ops.autocast_dtype(x.device, self.weight.dtype))
+        A, B = self._factors(ops.autocast_dtype(x.device, self.weight.dtype))
         return ops.lora_linear(x, self.dense_weight(), self.bias, A, B, state.scaling)
 
     def _dropping(self) -> bool:
@@ -113,49 +114,19 @@ class UniLoRALayer(nn.Module):
         """The layer's own y with the update of x."""
         if not isinstance(y, Tensor):
             raise UniLoRAError(f"{self}: expected a layer that returns a tensor, got {type(y).__name__}")
-        A, B = self.lora_factors(y.dtype)
+        A, B = self._factors(y.dtype)
         x = F.dropout(x, self._unilora.dropout) if self._dropping() else x
         return ops.lora_update(y, x, A, B, self._unilora.scaling)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s B A [m, n], in float32 (float64 for a float64 weight)."""
-        A, B = self.lora_factors(ops.accumulator_dtype(self.factors_like()[1]))
-        return (B @ A).mul_(self.scaling)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Folds the update into ``weight``, rounded once; the weight as it was is kept for :meth:`unmerge`.
-
-        Raises:
-            UniLoRAError: merged already, the weight is sharded by fully_shard, or the sum is not finite; the weight is
-                then unchanged.
-        """
-        if self.merged:
-            raise UniLoRAError("merge: this layer is merged already; call unmerge() first")
-        if managed_by_fsdp(self):
-            raise UniLoRAError(
-                "merge: the weight is sharded by fully_shard: save the adapter, load it into a whole model"
-            )
-        delta = self.delta_weight()
-        if self.fan_in_fan_out:
-            delta = delta.T
-        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
-            raise UniLoRAError("merge: weight + update is not finite in " + str(self.weight.dtype))
-        self._unilora.original = exchange_(self.weight, merged)
-
-    def unmerge(self) -> None:
-        """Puts the weight back exactly as it was before :meth:`merge`.
-
-        Raises:
-            UniLoRAError: not merged.
-        """
-        original = self._unilora.original
-        if original is None:
-            raise UniLoRAError("unmerge: this layer is not merged")
-        exchange_(self.weight, original.to(device=self.weight.device, dtype=self.weight.dtype))
-        self._unilora.original = None
+        state = self._unilora
+        device, dtype = self.factors_like()
+        part = state.vector.parts[state.slot_id]
+        A, B = state.vector.fresh_factors(state.slot_id, device, ops.accumulator_dtype(dtype), part)
+        with ops.without_autocast(device):
+            return (B @ A).mul_(self.scaling)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"

@@ -7,6 +7,7 @@ traces, each function becomes the operator itself, whose shapes and derivatives 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "project_factors",
     "project_traced",
     "project_transpose",
+    "without_autocast",
 ]
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -222,6 +224,13 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     if dtype != torch.float64 and _autocasting(device):
         return torch.get_autocast_dtype(device.type)
     return dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which operators on `device` compute in the dtype of their arguments."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:

@@ -111,6 +111,10 @@ class SharedVector(nn.Module):
     seen by the next forward. A layer that runs outside (a sub-module called alone, a recomputation under activation
     checkpointing) projects its own rows of P: the same values and gradients.
 
+    PyTorch leaves out :meth:`end` where the forward ends in a KeyboardInterrupt or another exception that is no
+    ``Exception``. So what was projected counts for the theta_d it was made of alone, and what is asked for apart from
+    a forward (to merge, to export) is always projected anew.
+
     Attributes:
         theta_d: [d], float32, or float64 in a float64 model: the trainable vector.
         projection: P.
@@ -164,18 +168,20 @@ class SharedVector(nn.Module):
             group = groups.get(place)
             if group is not None and slot_id in group.parts:
                 # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
-                key = (place, dtype, torch.is_grad_enabled())
+                key = (place, dtype, torch.is_grad_enabled(), *self._written())
                 if key not in step:
                     step[key] = self._project(group, place, dtype)
                 return step[key][slot_id]
             self._groups = None  # the layer has moved to another device: look again at the next forward
-        return self._project_alone(slot_id, part, device, dtype)
+        return self.fresh_factors(slot_id, device, dtype, part)
 
-    def whole_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The factors of one layer, whatever part of it this process holds."""
-        return self._project_alone(slot_id, self.slots[slot_id].part(), device, dtype)
-
-    def _project_alone(self, slot_id: int, part: Part, device: torch.device, dtype: torch.dtype) -> Factors:
+    def fresh_factors(
+        self, slot_id: int, device: torch.device, dtype: torch.dtype, part: Part | None = None
+    ) -> Factors:
+        """The factors of one layer, projected now: all of them, whatever this process holds, or those of `part`."""
+        part = self.slots[slot_id].part() if part is None else part
+        if torch.compiler.is_compiling():
+            return self._trace({slot_id: part}, part.reduction, device, dtype)[slot_id]
         group = _Group({slot_id: part}, self.projection.rows(device, part.ranges))
         return self._project(group, (device, part.reduction), dtype)[slot_id]
 
@@ -195,7 +201,7 @@ class SharedVector(nn.Module):
         if self._traced is not None and device == self.theta_d.device:
             A, B = self._traced[part.reduction][slot_id]
             return A.to(dtype), B.to(dtype)
-        return self._trace({slot_id: part}, part.reduction, device, dtype)[slot_id]
+        return self.fresh_factors(slot_id, device, dtype, part)
 
     def _trace_all(self) -> dict[Reduction | None, dict[int, Factors]]:
         """All factors in the dtype of the sums; rounded to another later, they are what the operator gives."""
@@ -217,6 +223,13 @@ class SharedVector(nn.Module):
             dtype,
         )
         return _by_slot(parts, factors)
+
+    def _written(self) -> tuple[int, int]:
+        """What changes when theta_d is written."""
+        theta_d = self.theta_d
+        if is_sharded(theta_d):
+            theta_d = theta_d.to_local()
+        return 0 if theta_d.is_inference() else theta_d._version, theta_d.data_ptr()
 
     def _theta_d(self) -> Tensor:
         if not is_sharded(self.theta_d):
@@ -249,17 +262,26 @@ class SharedVector(nn.Module):
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._step: dict[tuple[_Place, torch.dtype, bool], dict[int, Factors]] | None = None
+        self._step: dict[tuple[_Place, torch.dtype, bool, int, int], dict[int, Factors]] | None = None
         self._groups: dict[_Place, _Group] | None = None
         self._traced: dict[Reduction | None, dict[int, Factors]] | None = None  # while the model's forward is traced
 
     def _apply(self, fn, recurse: bool = True):
-        before = self.theta_d.detach()
-        super()._apply(fn, recurse)
-        if not before.is_meta and not self.theta_d.is_meta:
-            self.theta_d.data.copy_(before)  # to_empty() of a model built on meta is for the weights
+        def moved(tensor: Tensor) -> Tensor:
+            """To the device that `fn` moves to, values kept (to_empty() is for the weights), and not narrowed with the
+            weights: small steps would be lost in 16 bits."""
+            target = fn(tensor)
+            return target if tensor.is_meta else tensor.to(target.device, ops.accumulator_dtype(target.dtype))
+
+        super()._apply(moved, recurse)
         self._forget()
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(key := prefix + "theta_d")
+        if isinstance(stored, Tensor) and stored.is_floating_point():  # with assign=True its dtype would stay
+            state_dict[key] = stored.to(ops.accumulator_dtype(stored.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_step": None, "_groups": None, "_traced": None}
