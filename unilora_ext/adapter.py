@@ -234,7 +234,8 @@ class Adapter:
                 base_logits = model(**batch).logits
 
         Raises:
-            UniLoRAError: the adapter is merged.
+            UniLoRAError: the adapter is merged, or the original modules_to_save are not known: they were on the meta
+                device in attach().
         """
         if self.merged:
             raise UniLoRAError("disable: the update is merged into the weights; call unmerge() first")
@@ -253,6 +254,7 @@ class Adapter:
     def _swap_saved(self) -> None:
         """Exchanges the values of modules_to_save with those from before attach() (or back)."""
         originals = self._attachment.saved_originals
+        self._check_originals()
         if originals and managed_by_fsdp(self.model) and not self._attachment.replicated:
             raise UniLoRAError(
                 "modules_to_save are sharded by fully_shard and cannot be exchanged: "
@@ -261,6 +263,16 @@ class Adapter:
         for name, tensor in saved_tensors(self.model, self.config).items():
             other = originals[name].to(device=tensor.device, dtype=tensor.dtype)
             originals[name] = exchange_(tensor, other)
+
+    def _check_originals(self) -> None:
+        """Whether the values of modules_to_save from before attach() are known."""
+        for name, tensor in saved_tensors(self.model, self.config).items():
+            if self._attachment.saved_originals[name].is_meta and not tensor.is_meta:
+                raise UniLoRAError(
+                    f"modules_to_save: the values of '{name}' from before attach() are not known: it was on the meta "
+                    "device then. Give the model its weights first (to_empty, load_state_dict), then attach; "
+                    "detach(merge=True) goes on with the values that it has"
+                )
 
     # -- merging ------------------------------------------------------------------------------------------------------
 
@@ -345,6 +357,7 @@ class Adapter:
             if not self.merged:
                 self.merge()
         else:
+            self._check_originals()
             if self.merged:
                 self.unmerge()
             self.disable()

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from unilora_ext import _C
 from unilora_ext.adapter import Adapter, _attach, named_slots, plan, saved_tensors
 from unilora_ext.config import UniLoRAConfig
-from unilora_ext.errors import AdapterFileError, UniLoRAError
+from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
 from unilora_ext.projections import projection_class
 from unilora_ext.sharded_tensors import copy_, full, is_writer, settle
 
@@ -258,7 +258,7 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     Raises:
         AdapterFileError: the folder is damaged or foreign, or its modules are not the model's: the message lists the
             differences.
-        AttachError: the model has an adapter already.
+        AttachError: the model has an adapter already, or modules_to_save that are on the meta device.
         In every case the model is unchanged.
     """
     file = read(folder)
@@ -276,6 +276,7 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     if list(file.modules) != [(t.name, t.m, t.n) for t in targets]:
         raise AdapterFileError(f"{file.folder}: the model has the adapter's modules in another order")
     check_same(file.folder, "modules_to_save", shapes_of(file.modules_to_save), shapes_of(saved))
+    check_memory(file.folder, saved)
 
     held = targets[0].held()
     device = torch.device("cpu") if held.is_meta else held.device
@@ -288,6 +289,20 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(t.shape) for name, t in tensors.items()}
+
+
+def check_memory(folder: Path, saved: Mapping[str, Tensor]) -> None:
+    """Whether modules_to_save can take their trained values.
+
+    Raises:
+        AttachError: one is on the meta device, or offloaded.
+    """
+    for name, tensor in saved.items():
+        if tensor.is_meta:
+            raise AttachError(
+                f"{folder}: modules_to_save: '{name}' is on the meta device, or offloaded, and cannot hold its trained "
+                "values: give the model memory and its weights first (to_empty, load_state_dict), then load the adapter"
+            )
 
 
 def check_same(folder: Path, what: str, stored: dict[str, list[int]], found: dict[str, list[int]]) -> None:

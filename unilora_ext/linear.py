@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -93,8 +94,8 @@ class UniLoRALayer(MergeableLayer):
         state = self._unilora
         return state.vector.factors(state.slot_id, self.factors_like()[0], dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        state = self._unilora
+    def forward(self, input: Tensor) -> Tensor:
+        x, state = input, self._unilora
         if is_sharded(self.weight):
             raise UniLoRAError(
                 f"{self}: expected a whole weight here, got a DTensor: attach after parallelize_module, and call the "
@@ -143,9 +144,18 @@ class UniLoRAUpdate(UniLoRALayer):
         held = next(chain(self.parameters(), self.buffers()), theta_d)
         return held.device, ops.accumulator_dtype(theta_d.dtype)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = super(UniLoRALayer, self).forward(x, *args, **kwargs)
-        return self._updated(y, x) if self._unilora.vector.enabled else y
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        own_forward = super(UniLoRALayer, self).forward
+        y = own_forward(*args, **kwargs)
+        if not self._unilora.vector.enabled:
+            return y
+        # by name, x is the first argument under whatever name the layer has for it
+        x = args[0] if args else next(iter(signature(own_forward).bind(**kwargs).arguments.values()))
+        return self._updated(y, x)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new_updated, (type(self).__bases__[1],), *state  # pickle does not find a class made by updated_class
 
     def merge(self) -> None:
         """Always an error.
@@ -163,6 +173,11 @@ class UniLoRAUpdate(UniLoRALayer):
 def updated_class(layer_class: type[nn.Module]) -> type[UniLoRAUpdate]:
     """`layer_class`, a linear map of its own kind, with the update added to what it returns."""
     return type(f"UniLoRA{layer_class.__name__}", (UniLoRAUpdate, layer_class), {"__doc__": UniLoRAUpdate.__doc__})
+
+
+def _new_updated(layer_class: type[nn.Module]) -> UniLoRAUpdate:
+    adapted_class = updated_class(layer_class)
+    return adapted_class.__new__(adapted_class)
 
 
 class UniLoRALinear(UniLoRALayer, nn.Linear):

@@ -99,9 +99,8 @@ class UniLoRAShardedLinear(UniLoRALinear):
         """RowwiseParallel: the inputs are spread over the processes."""
         return self.weight.placements[0].dim == 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        state = self._unilora
-        x = self._laid_out(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, state = self._laid_out(input), self._unilora
         # Column-wise, every process adds what its outputs give to the gradient of the same x.
         local_x = x.to_local() if self._by_rows else x.to_local(grad_placements=[Partial()])
         weight, bias = self.weight.to_local(), self._local_bias()

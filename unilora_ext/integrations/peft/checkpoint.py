@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter, _attach, plan, saved_tensors
-from unilora_ext.checkpoint import check_same, shapes_of
+from unilora_ext.checkpoint import check_memory, check_same, shapes_of
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
 from unilora_ext.integrations.peft.export import PREFIX, common_record, exact_targets, write_folder
@@ -101,6 +101,7 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
         )
     _take_index(folder, tensors, targets, config.r, projection)
     check_same(folder, "tensors of modules_to_save", shapes_of(tensors), shapes_of(saved))
+    check_memory(folder, saved)
 
     weight = targets[0].module.weight
     device = torch.device("cpu") if weight.is_meta else weight.device
