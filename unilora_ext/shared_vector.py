@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,9 @@ from unilora_ext.projections import Projection, Rows
 from unilora_ext.sharded_tensors import full, is_sharded
 
 __all__ = ["Part", "Reduction", "SharedVector", "Slot"]
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+"""What calls a module's hooks and its forward."""
 
 Factors = tuple[Tensor, Tensor]
 """(A [r, n], B [m, r])"""
@@ -112,8 +117,7 @@ class SharedVector(nn.Module):
     checkpointing) projects its own rows of P: the same values and gradients.
 
     PyTorch leaves out :meth:`end` where the forward ends in a KeyboardInterrupt or another exception that is no
-    ``Exception``. So what was projected counts for the theta_d it was made of alone, and what is asked for apart from
-    a forward (to merge, to export) is always projected anew.
+    ``Exception``. So what it projected is used only where the call of the model is on the stack.
 
     Attributes:
         theta_d: [d], float32, or float64 in a float64 model: the trainable vector.
@@ -153,22 +157,26 @@ class SharedVector(nn.Module):
         if self._groups is None:
             self._groups = self._group_by_place(model)
         self._step = {}
+        call = sys._getframe(1)
+        while call is not None and call.f_code is not _MODULE_CALL:
+            call = call.f_back
+        self._call = call
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model, called when its forward raises too."""
-        self._step = self._traced = None
+        self._step = self._call = self._traced = None
 
     def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors of one layer (of this process's part of it), differentiable in theta_d."""
         if torch.compiler.is_compiling():
             return self._traced_factors(slot_id, device, dtype)
         step, groups, part = self._step, self._groups, self.parts[slot_id]
-        if step is not None and groups is not None:
+        if step is not None and groups is not None and self._is_running():
             place = device, part.reduction
             group = groups.get(place)
             if group is not None and slot_id in group.parts:
                 # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
-                key = (place, dtype, torch.is_grad_enabled(), *self._written())
+                key = (place, dtype, torch.is_grad_enabled())
                 if key not in step:
                     step[key] = self._project(group, place, dtype)
                 return step[key][slot_id]
@@ -224,12 +232,12 @@ class SharedVector(nn.Module):
         )
         return _by_slot(parts, factors)
 
-    def _written(self) -> tuple[int, int]:
-        """What changes when theta_d is written."""
-        theta_d = self.theta_d
-        if is_sharded(theta_d):
-            theta_d = theta_d.to_local()
-        return 0 if theta_d.is_inference() else theta_d._version, theta_d.data_ptr()
+    def _is_running(self) -> bool:
+        """Whether the forward that :meth:`begin` began is still running, in this thread."""
+        call, frame = self._call, sys._getframe(1)
+        while frame is not None and frame is not call:
+            frame = frame.f_back
+        return frame is not None
 
     def _theta_d(self) -> Tensor:
         if not is_sharded(self.theta_d):
@@ -262,7 +270,8 @@ class SharedVector(nn.Module):
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._step: dict[tuple[_Place, torch.dtype, bool, int, int], dict[int, Factors]] | None = None
+        self._step: dict[tuple[_Place, torch.dtype, bool], dict[int, Factors]] | None = None
+        self._call: FrameType | None = None  # of the model, while its forward runs
         self._groups: dict[_Place, _Group] | None = None
         self._traced: dict[Reduction | None, dict[int, Factors]] | None = None  # while the model's forward is traced
 
@@ -284,7 +293,7 @@ class SharedVector(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None, "_groups": None, "_traced": None}
+        return {**self.__dict__, "_step": None, "_call": None, "_groups": None, "_traced": None}
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
