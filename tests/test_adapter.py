@@ -113,6 +113,30 @@ def test_disable_gives_the_model_before_attach():
     assert torch.equal(model(x), adapted)
 
 
+def test_disable_nests():
+    """What an outer block switched off stays off when an inner one ends, by an exception too."""
+    model, x = Tower(), tokens()
+    y = model(x)
+    adapter = ul.attach(model, config(modules_to_save=["head"], init_bound=0.5))
+    with torch.no_grad():
+        model.head.weight += 1
+    adapted = model(x)
+    with adapter.disable():
+        with adapter.disable():
+            assert torch.equal(model(x), y)
+        assert torch.equal(model(x), y)
+        with pytest.raises(KeyError), adapter.disable():
+            raise KeyError
+        assert torch.equal(model(x), y)
+    assert torch.equal(model(x), adapted)
+    adapter.disable()
+    with adapter.disable():
+        pass
+    assert torch.equal(model(x), y)
+    adapter.enable()
+    assert torch.equal(model(x), adapted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_merge_and_unmerge(dtype):
     model, x = Tower().to(dtype), tokens()

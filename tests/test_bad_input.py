@@ -94,6 +94,45 @@ def test_attach_refuses_what_is_adapted_already():
     assert_unchanged(model, before)
 
 
+def test_attach_refuses_a_part_that_is_adapted():
+    """Around it or inside it: the one would freeze the other's vector."""
+    model = Tower()
+    adapter = ul.attach(model, ul.UniLoRAConfig(**adapted()))
+    outer = nn.ModuleDict({"inner": model, "own": nn.Linear(4, 4)})
+    inner_first = next(iter(adapter.layers)).removeprefix("blocks.0.")
+    before = snapshot(outer)
+    for part, layer, target in ((outer, "inner.blocks.0.up", "own"), (model.blocks[0], inner_first, "down")):
+        with pytest.raises(ul.AttachError, match=rf"attach: '{layer}' \(UniLoRALinear\) .* has a Uni-LoRA adapter"):
+            ul.attach(part, ul.UniLoRAConfig(r=2, d=4, target_modules=[target]))
+    assert_unchanged(outer, before)
+    by_hand = nn.ModuleDict({"first": ul.UniLoRALinear(4, 4, d=4), "second": nn.Linear(4, 4)})
+    with pytest.raises(ul.AttachError, match=r"attach: 'first' \(UniLoRALinear\) .* has a Uni-LoRA adapter"):
+        ul.attach(by_hand, ul.UniLoRAConfig(r=2, d=4, target_modules=["second"]))
+    assert by_hand["first"].theta_d.requires_grad
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(3), lambda: nn.LazyConv2d(3, 2), nn.LazyBatchNorm1d])
+@pytest.mark.parametrize("changes", [{}, {"target_modules": "all-linear"}, {"modules_to_save": ["lazy"]}])
+def test_attach_refuses_an_uninitialised_layer(lazy, changes):
+    """Anywhere in the model: what has no shape yet cannot be frozen."""
+    model = nn.Sequential()
+    model.first, model.lazy = nn.Linear(4, 4), lazy()
+    with pytest.raises(ul.AttachError, match=r"attach: 'lazy\.\w+' is not initialised: call the model once before"):
+        ul.attach(model, ul.UniLoRAConfig(**{"r": 2, "d": 4, "target_modules": ["first"], **changes}))
+    assert all(p.requires_grad for p in model.parameters()) and type(model.first) is nn.Linear
+
+
+def test_all_linear_refuses_the_matrices_of_another_adapter():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Tower(), peft.LoraConfig(r=2, target_modules=["up"]))
+    before = snapshot(model)
+    with pytest.raises(ul.AttachError, match=r"'base_model.model.blocks.0.up' has an adapter of PEFT \(peft.*lora"):
+        ul.attach(model, ul.UniLoRAConfig(r=2, d=4))
+    assert_unchanged(model, before)
+    plain = model.merge_and_unload()
+    assert len(ul.attach(plain, ul.UniLoRAConfig(r=2, d=4)).layers) == 7
+
+
 def test_attach_refuses_a_replaced_forward():
     """Offloading hooks replace `forward` on the instance: the update would silently have no effect."""
     model = Tower()

@@ -1,5 +1,6 @@
 """The adapter file: small, checked, atomic; a load that fails leaves the model as it was."""
 
+import copy
 import hashlib
 import json
 import os
@@ -342,3 +343,55 @@ def test_a_given_index_cannot_be_saved(tmp_path):
     with pytest.raises(ul.UniLoRAError, match="a given index has no seed"):
         ul.get_adapter(model).save(folder)
     assert torch.equal(ul.read(folder).theta_d, before.theta_d)
+
+
+@pytest.mark.parametrize("loader", ["ours", "PEFT"])
+def test_modules_to_save_of_a_model_without_memory(tmp_path, loader):
+    """Their trained values would be lost in to_empty() and load_state_dict(): load afterwards, says the error."""
+    base, x = Tower(), tokens()
+    teacher = copy.deepcopy(base)
+    options = dict(r=2, d=16, target_modules=["up"], modules_to_save=["head"], projection="peft")
+    adapter = ul.attach(teacher, ul.UniLoRAConfig(**options))
+    with torch.no_grad():
+        teacher.head.weight.add_(1)
+    if loader == "ours":
+        adapter.save(tmp_path)
+        load = ul.load
+    else:
+        pytest.importorskip("peft.tuners.unilora")
+        ul.integrations.peft.to_peft(adapter, tmp_path)
+        load = ul.integrations.peft.from_peft
+    with torch.device("meta"):
+        model = Tower()
+    before = {name: type(m) for name, m in model.named_modules()}
+    message = r"modules_to_save: 'head.weight' is on the meta device.*\(to_empty, load_state_dict\), then load"
+    with pytest.raises(ul.AttachError, match=message):
+        load(model, tmp_path)
+    assert {name: type(m) for name, m in model.named_modules()} == before
+    model.to_empty(device="cpu")
+    model.load_state_dict(base.state_dict())
+    loaded = load(model, tmp_path)
+    assert torch.equal(model(x), teacher(x))
+    with loaded.disable():
+        assert torch.equal(model(x), base(x))
+
+
+def test_original_modules_to_save_that_were_never_known():
+    """attach() on the meta device, then memory and weights: the adapter cannot be switched off, and says why."""
+    base, x = Tower(), tokens()
+    with torch.device("meta"):
+        model = Tower()
+    adapter = ul.attach(model, ul.UniLoRAConfig(r=2, d=16, target_modules=["up"], modules_to_save=["head"]))
+    model.to_empty(device="cpu")
+    model.load_state_dict(base.state_dict(), strict=False)
+    y = model(x)
+    message = r"modules_to_save: the values of 'head.weight' from before attach\(\) are not known"
+    for call in (adapter.disable, adapter.detach):
+        with pytest.raises(ul.UniLoRAError, match=message):
+            call()
+        assert adapter.vector.enabled and torch.equal(model(x), y)
+    adapter.merge()
+    with pytest.raises(ul.UniLoRAError, match=message):
+        adapter.detach()
+    assert adapter.merged
+    assert type(adapter.detach(merge=True).head) is torch.nn.Linear

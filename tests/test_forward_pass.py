@@ -5,7 +5,8 @@ import threading
 
 import pytest
 import torch
-from models import Tower, tokens
+from models import Tower, dense_update, tokens
+from torch import nn
 
 import unilora_ext as ul
 from unilora_ext import ops
@@ -165,6 +166,40 @@ def test_a_forward_that_raises_leaves_nothing_behind(projections):
     assert not torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize("write", ["data", "set_data", "copy"])
+def test_an_interrupted_forward_leaves_nothing_stale(write, tmp_path):
+    """PyTorch calls no hook after a KeyboardInterrupt: merge(), export and a part called alone must not care."""
+    model, x = Tower(), torch.randn(4, 12)
+    adapter = ul.attach(model, CONFIG)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens())
+    handle.remove()
+    value = torch.randn_like(adapter.theta_d)
+    if write == "data":
+        adapter.theta_d.data.copy_(value)
+    elif write == "set_data":
+        adapter.theta_d.data = value
+    else:
+        with torch.no_grad():
+            adapter.theta_d.copy_(value)
+    expected = dense_update(model, adapter)
+    block = copy.deepcopy(model.blocks[1])
+    for name, layer in adapter.layers.items():
+        torch.testing.assert_close(layer.delta_weight().double(), expected[name], rtol=1e-5, atol=1e-6)
+        A, B = layer.lora_factors()
+        torch.testing.assert_close((B @ A).double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.blocks[1](x), block(x))
+    weights = {name: layer.weight.detach().double() for name, layer in adapter.layers.items()}
+    adapter.merge()
+    for name, layer in adapter.layers.items():
+        torch.testing.assert_close(layer.weight.double(), weights[name] + expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_two_models_do_not_disturb_each_other():
     first, second, x = Tower(), Tower(), tokens()
     ul.attach(first, CONFIG)
@@ -245,15 +280,44 @@ def test_memory_for_a_model_built_on_meta():
     assert torch.equal(adapter.theta_d, start) and not model.blocks[0].up.weight.is_meta
 
 
-def test_a_half_precision_model_keeps_float32_sums():
-    model, x = Tower().bfloat16(), tokens()
+@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, lambda m: m.to("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("make", ["attach", "by hand"])
+def test_theta_d_stays_wide_in_a_half_precision_model(cast, make):
+    """Steps that 16 bits would lose, by a cast of the model before or after attach()."""
+    if make == "attach":
+        model, x = Tower().bfloat16(), tokens()
+        theta_d = ul.attach(model, CONFIG).theta_d
+    else:
+        model, x = ul.UniLoRALinear(12, 20, d=40, dtype=torch.bfloat16, init_bound=0.5), torch.randn(3, 12)
+        theta_d = model.theta_d
+    start = theta_d.detach().clone()
+    model(x.bfloat16() if make == "by hand" else x).float().sum().backward()
+    gradient = theta_d.grad.clone()
+    cast(model)
+    assert next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    assert theta_d is (model.unilora if make == "attach" else model.vector).theta_d
+    assert theta_d.dtype == theta_d.grad.dtype == start.dtype == torch.float32
+    assert torch.equal(theta_d, start) and torch.equal(theta_d.grad, gradient)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for _ in range(100):
+            theta_d.add_(1e-5)
+    torch.testing.assert_close(theta_d - start, torch.full_like(start, 1e-3), rtol=0.01, atol=0)
+    model.double()
+    assert theta_d.dtype == torch.float64
+    model.half()
+    assert theta_d.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for name, p in twin.named_parameters() if name.endswith("theta_d"))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_half_precision_state_dict_leaves_theta_d_wide(assign):
+    model = Tower()
     adapter = ul.attach(model, CONFIG)
-    assert adapter.theta_d.dtype == torch.float32
-    model(x).float().sum().backward()
-    assert adapter.theta_d.grad.dtype == torch.float32
-    model.bfloat16()  # casts theta_d too: it still works
-    assert adapter.theta_d.dtype == torch.bfloat16
-    model(x).float().sum().backward()
+    state = {name: t.bfloat16() for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+    assert adapter.theta_d.dtype == torch.float32 and adapter.theta_d.requires_grad
+    assert torch.equal(adapter.theta_d, state["unilora.theta_d"].float())
 
 
 def test_autocast_projects_once_in_its_dtype(projections):
@@ -267,8 +331,6 @@ def test_autocast_projects_once_in_its_dtype(projections):
 
 
 def test_sequential_model():
-    from torch import nn
-
     model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
     x = torch.randn(4, 6)
     y = model(x)

@@ -30,6 +30,12 @@ def test_is_the_linear_map_with_the_update(bias, shape, projection):
     assert layer.projection.D == (9 + 13) * 3 and isinstance(layer, nn.Linear)
 
 
+def test_called_by_keyword():
+    """As nn.Linear, by the name `input`."""
+    layer, x = ul.UniLoRALinear(6, 8, r=2, d=9, init_bound=1.0), torch.randn(3, 6)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 def test_only_theta_d_is_trained():
     layer = ul.UniLoRALinear(1024, 1024, bias=True, r=4, d=4096, seed=0)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["vector.theta_d"]

@@ -1,6 +1,8 @@
 """Layers whose weight is no plain matrix: the adapter acts, compared with the weight that they really have."""
 
 import copy
+import inspect
+import io
 import sys
 from pathlib import Path
 
@@ -30,8 +32,8 @@ class PackedLinear(nn.Module):
 class OwnLinear(nn.Linear):
     """A subclass that computes in its own way, and hands out a view."""
 
-    def forward(self, x):
-        return super().forward(x).unsqueeze(0)[0]
+    def forward(self, features):
+        return super().forward(features).unsqueeze(0)[0]
 
 
 def bitsandbytes_layer(n, m, **options):
@@ -149,6 +151,35 @@ def test_saved_and_loaded(net, tmp_path):
         assert torch.equal(plain(x), net(x))
 
 
+def test_pickled_whole(net):
+    """torch.save(model), not its state_dict: the class made for the layer is found again."""
+    adapter, x, file = ul.attach(net, CONFIG), torch.randn(4, 64), io.BytesIO()
+    with torch.no_grad():
+        adapter.theta_d.mul_(2)
+        expected = net(x)
+    torch.save(net, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert type(twin.up) is type(net.up)
+    with torch.no_grad():
+        assert torch.equal(twin(x), expected)
+        twin_adapter = ul.get_adapter(twin)
+        twin_adapter.theta_d.add_(1)
+        assert not torch.equal(twin(x), expected) and torch.equal(net(x), expected)
+        twin_adapter.detach()
+        adapter.detach()
+        assert torch.equal(twin(x), net(x)) and type(twin.up) is type(net.up)
+
+
+def test_called_by_keyword(net):
+    """By the name that the layer itself has for its input."""
+    ul.attach(net, CONFIG)
+    x = torch.randn(4, 64)
+    _, name, *_ = inspect.signature(type(net.up).__bases__[-1].forward).parameters
+    with torch.no_grad():
+        assert torch.equal(net.up(**{name: x}), net.up(x))
+
+
 @pytest.mark.parametrize("kind", ["nf4, double", "int8", "own linear"])
 def test_exported_lora_in_peft(kind, tmp_path):
     peft = pytest.importorskip("peft")
@@ -197,7 +228,7 @@ def test_what_is_no_linear_layer_is_refused():
             self.in_features, self.out_features = 4, 4
             self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    model = nn.ModuleDict({"pair": Pair(), "lazy": nn.LazyLinear(3), "norm": nn.LayerNorm(4)})
+    model = nn.ModuleDict({"pair": Pair(), "norm": nn.LayerNorm(4)})
     for name in model:
         with pytest.raises(ul.AttachError, match=rf"'{name}' \(\w+\) cannot be adapted: expected a torch.nn.Linear"):
             ul.attach(model, ul.UniLoRAConfig(r=2, d=4, target_modules=[name]))

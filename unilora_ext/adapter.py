@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from unilora_ext.config import UniLoRAConfig, default_d
 from unilora_ext.errors import AttachError, UniLoRAError
-from unilora_ext.linear import LayerState, UniLoRALayer, initial_theta_d
+from unilora_ext.linear import LayerState, UniLoRALayer, initial_theta_d, updated_class
+from unilora_ext.merging import check_load, warn_merged
 from unilora_ext.projections import Projection, make_projection
 from unilora_ext.sharded_tensors import exchange_, managed_by_fsdp
 from unilora_ext.shared_vector import SharedVector, Slot
@@ -132,6 +135,8 @@ def _attach(
         *keep_called(model, attachment.classes),
         model.register_forward_pre_hook(vector.begin),
         model.register_forward_hook(vector.end, always_call=True),
+        model.register_load_state_dict_pre_hook(check_load),
+        model.register_state_dict_pre_hook(warn_merged),
         CallWatch(model, vector),
     ]
     return Adapter(model)
@@ -227,20 +232,23 @@ class Adapter:
     def disable(self) -> _Disabled:
         """Switches the adapter off: the model computes what it did before attach(), original modules_to_save included.
 
-        Switches off at once; used as a context manager it switches on again at the end::
+        Switches off at once; used as a context manager it switches on again at the end, unless the adapter was off
+        before::
 
             with adapter.disable():
                 base_logits = model(**batch).logits
 
         Raises:
-            UniLoRAError: the adapter is merged.
+            UniLoRAError: the adapter is merged, or the original modules_to_save are not known: they were on the meta
+                device in attach().
         """
         if self.merged:
             raise UniLoRAError("disable: the update is merged into the weights; call unmerge() first")
         if self.vector.enabled:
             self._swap_saved()
             self.vector.enabled = False
-        return _Disabled(self)
+            return _Disabled(self, was_enabled=True)
+        return _Disabled(self, was_enabled=False)
 
     def enable(self) -> None:
         """Switches the adapter on again after :meth:`disable`."""
@@ -251,6 +259,7 @@ class Adapter:
     def _swap_saved(self) -> None:
         """Exchanges the values of modules_to_save with those from before attach() (or back)."""
         originals = self._attachment.saved_originals
+        self._check_originals()
         if originals and managed_by_fsdp(self.model) and not self._attachment.replicated:
             raise UniLoRAError(
                 "modules_to_save are sharded by fully_shard and cannot be exchanged: "
@@ -260,6 +269,16 @@ class Adapter:
             other = originals[name].to(device=tensor.device, dtype=tensor.dtype)
             originals[name] = exchange_(tensor, other)
 
+    def _check_originals(self) -> None:
+        """Whether the values of modules_to_save from before attach() are known."""
+        for name, tensor in saved_tensors(self.model, self.config).items():
+            if self._attachment.saved_originals[name].is_meta and not tensor.is_meta:
+                raise UniLoRAError(
+                    f"modules_to_save: the values of '{name}' from before attach() are not known: it was on the meta "
+                    "device then. Give the model its weights first (to_empty, load_state_dict), then attach; "
+                    "detach(merge=True) goes on with the values that it has"
+                )
+
     # -- merging ------------------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
@@ -268,25 +287,23 @@ class Adapter:
         The weights as they were are kept, so that unmerge() is exact; ``detach(merge=True)`` drops them.
 
         Raises:
-            UniLoRAError: merged or disabled already, a weight shared with another module, or a sum that is not
-                finite; nothing is then merged.
+            UniLoRAError: merged or disabled already, a weight shared with another module, one that is computed anew in
+                every forward (pruned, parametrized), or a sum that is not finite; nothing is then merged.
         """
         if self.merged:
             raise UniLoRAError("merge: the adapter is merged already")
         if not self.vector.enabled:
             raise UniLoRAError("merge: the adapter is disabled; call enable() first")
         self._check_weights_unshared()
-        done: list[UniLoRALayer] = []
+        layers = self.layers
         try:
-            for name, layer in self.layers.items():
-                try:
+            for name, layer in layers.items():
+                with _naming(name):
                     layer.merge()
-                except UniLoRAError as error:
-                    raise UniLoRAError(f"{error} (layer '{name}')") from None
-                done.append(layer)
         except BaseException:
-            for layer in done:
-                layer.unmerge()
+            for layer in layers.values():
+                if layer.merged:
+                    layer.restore_weight()
             raise
         self._attachment.theta_d_trained = self.theta_d.requires_grad
         self.theta_d.requires_grad_(False)
@@ -306,12 +323,16 @@ class Adapter:
         """Puts the weights back exactly as they were before :meth:`merge`.
 
         Raises:
-            UniLoRAError: not merged.
+            UniLoRAError: not merged, or a weight was written since, which would be lost; nothing is then changed.
         """
         if not self.merged:
             raise UniLoRAError("unmerge: the adapter is not merged")
-        for layer in self.layers.values():
-            layer.unmerge()
+        layers = self.layers
+        for name, layer in layers.items():
+            with _naming(name):
+                layer.check_unmerge()
+        for layer in layers.values():
+            layer.restore_weight()
         self.theta_d.requires_grad_(self._attachment.theta_d_trained)
 
     def detach(self, merge: bool = False) -> nn.Module:
@@ -322,18 +343,26 @@ class Adapter:
                 weights keep the update and modules_to_save their trained values.
 
         Raises:
-            UniLoRAError: the model is sharded by ``fully_shard``.
+            UniLoRAError: the model is sharded by ``fully_shard``; a layer was parametrized after attach(); or what
+                :meth:`merge`, :meth:`unmerge` and :meth:`disable` raise. Nothing is then detached.
         """
         if managed_by_fsdp(self.model):
             raise UniLoRAError(
                 "detach: the model is sharded by fully_shard; disable() switches the adapter off, and a saved adapter "
                 "can be loaded into a whole model"
             )
+        for name, layer in self.layers.items():
+            if is_parametrized(layer) and type(layer) is not updated_class(self._attachment.classes[name]):
+                raise UniLoRAError(
+                    f"detach: '{name}' was parametrized after attach() and is a {type(layer).__name__} now: call "
+                    "torch.nn.utils.parametrize.remove_parametrizations first"
+                )
         if merge:
             self.enable()
             if not self.merged:
                 self.merge()
         else:
+            self._check_originals()
             if self.merged:
                 self.unmerge()
             self.disable()
@@ -381,16 +410,26 @@ class Adapter:
 
 
 class _Disabled:
-    """Returned by :meth:`Adapter.disable`: switches the adapter on again when its ``with`` block ends."""
+    """Returned by :meth:`Adapter.disable`: puts the adapter back as it was when its ``with`` block ends."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
+    def __init__(self, adapter: Adapter, was_enabled: bool) -> None:
+        self._adapter, self._was_enabled = adapter, was_enabled
 
     def __enter__(self) -> Adapter:
         return self._adapter
 
     def __exit__(self, *exc: object) -> None:
-        self._adapter.enable()
+        if self._was_enabled:
+            self._adapter.enable()
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Adds the name of the layer to an error."""
+    try:
+        yield
+    except UniLoRAError as error:
+        raise UniLoRAError(f"{error} (layer '{layer}')") from None
 
 
 def named_slots(adapter: Adapter) -> Iterator[tuple[str, Slot]]:

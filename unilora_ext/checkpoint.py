@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from unilora_ext import _C
 from unilora_ext.adapter import Adapter, _attach, named_slots, plan, saved_tensors
 from unilora_ext.config import UniLoRAConfig
-from unilora_ext.errors import AdapterFileError, UniLoRAError
+from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
 from unilora_ext.files import locked, open_file, read_all, replace_file, sweep
 from unilora_ext.ops import accumulator_dtype
 from unilora_ext.projections import Projection
@@ -261,7 +261,7 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     Raises:
         AdapterFileError: the folder is damaged or foreign, or its modules are not the model's: the message lists the
             differences.
-        AttachError: the model has an adapter already.
+        AttachError: the model has an adapter already, or modules_to_save that are on the meta device.
     """
     file = read(folder)
     names = [name for name, _, _ in file.modules]
@@ -330,7 +330,8 @@ class Fit:
             tensors: of modules_to_save, by full name.
 
         Raises:
-            AdapterFileError: `tensors` are not the model's by name, shape and type; the model is unchanged.
+            AdapterFileError: `tensors` are not the model's by name, shape and type.
+            AttachError: modules_to_save are on the meta device.
         """
         check_same(self.folder, "modules_to_save", shapes_of(tensors), shapes_of(self.saved))
         for name, tensor in tensors.items():
@@ -339,6 +340,7 @@ class Fit:
                 raise AdapterFileError(
                     f"{self.folder}: modules_to_save: '{name}': expected {expected}, as in the model, got {got}"
                 )
+        check_memory(self.folder, self.saved)
         held = self.targets[0].held()
         device = torch.device("cpu") if held.is_meta else held.device
         adapter = _attach(self.model, self.config, self.targets, self.projection, theta_d.to(device))
@@ -354,6 +356,20 @@ class Fit:
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(t.shape) for name, t in tensors.items()}
+
+
+def check_memory(folder: Path, saved: Mapping[str, Tensor]) -> None:
+    """Whether modules_to_save can take their trained values.
+
+    Raises:
+        AttachError: one is on the meta device, or offloaded.
+    """
+    for name, tensor in saved.items():
+        if tensor.is_meta:
+            raise AttachError(
+                f"{folder}: modules_to_save: '{name}' is on the meta device, or offloaded, and cannot hold its trained "
+                "values: give the model memory and its weights first (to_empty, load_state_dict), then load the adapter"
+            )
 
 
 def check_same(folder: Path, what: str, stored: dict[str, list[int]], found: dict[str, list[int]]) -> None:

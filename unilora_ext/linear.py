@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from inspect import signature
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from unilora_ext import ops
 from unilora_ext.config import UniLoRAConfig, default_d
 from unilora_ext.errors import UniLoRAError
+from unilora_ext.merging import MergeableLayer
 from unilora_ext.projections import Projection, make_projection
-from unilora_ext.sharded_tensors import exchange_, is_sharded, managed_by_fsdp
+from unilora_ext.sharded_tensors import is_sharded
 from unilora_ext.shared_vector import Part, SharedVector, Slot
 from unilora_ext.uncalled import be_called
 
@@ -36,6 +38,7 @@ class LayerState:
         scaling: s.
         dropout: probability with which an input of the LoRA path is zeroed in training.
         original: while merged, the weight as it was.
+        merged_sums: while merged, what tells whether the weight was written since.
     """
 
     vector: SharedVector
@@ -43,20 +46,19 @@ class LayerState:
     scaling: float
     dropout: float
     original: Tensor | None = None
+    merged_sums: tuple[Tensor, Tensor] | None = None
 
     @property
     def slot(self) -> Slot:
         return self.vector.slots[self.slot_id]
 
 
-class UniLoRALayer(nn.Module):
+class UniLoRALayer(MergeableLayer):
     """The update, as a mixin in front of a linear layer class whose parameters it leaves as they are. This one is for
     layers with a plain floating ``weight`` and a ``bias``."""
 
     _unilora: LayerState
-    weight: Tensor
     bias: Tensor | None
-    fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
 
     def dense_weight(self) -> Tensor:
         """W as [m, n], whatever the layout of ``weight``."""
@@ -81,20 +83,20 @@ class UniLoRALayer(nn.Module):
         """s = alpha / r."""
         return self._unilora.scaling
 
-    @property
-    def merged(self) -> bool:
-        """Whether the update is folded into ``weight``."""
-        return self._unilora.original is not None
-
     def lora_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A [r, n] and B [m, r], differentiable in theta_d, in `dtype` (default: that of ``weight``; float32 where
         that is not a floating one)."""
         state = self._unilora
         device, own = self.factors_like()
-        return state.vector.factors(state.slot_id, device, dtype or own)
+        return state.vector.fresh_factors(state.slot_id, device, dtype or own)
 
-    def forward(self, x: Tensor) -> Tensor:
-        state, weight = self._unilora, self.weight
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of what this process holds of W, from the projection of the running forward."""
+        state = self._unilora
+        return state.vector.factors(state.slot_id, self.factors_like()[0], dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, state, weight = input, self._unilora, self.weight
         if is_sharded(weight):
             raise UniLoRAError(
                 f"{self}: expected a whole weight here, got a DTensor: attach after parallelize_module, and call the "
@@ -115,49 +117,19 @@ class UniLoRALayer(nn.Module):
         """The layer's own y with the update of x."""
         if not isinstance(y, Tensor):
             raise UniLoRAError(f"{self}: expected a layer that returns a tensor, got {type(y).__name__}")
-        A, B = self.lora_factors(y.dtype)
+        A, B = self._factors(y.dtype)
         x = F.dropout(x, self._unilora.dropout) if self._dropping() else x
         return ops.lora_update(y, x, A, B, self._unilora.scaling)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s B A [m, n], in float32 (float64 for a float64 weight)."""
-        A, B = self.lora_factors(ops.accumulator_dtype(self.factors_like()[1]))
-        return (B @ A).mul_(self.scaling)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Folds the update into ``weight``, rounded once; the weight as it was is kept for :meth:`unmerge`.
-
-        Raises:
-            UniLoRAError: merged already, the weight is sharded by fully_shard, or the sum is not finite; the weight is
-                then unchanged.
-        """
-        if self.merged:
-            raise UniLoRAError("merge: this layer is merged already; call unmerge() first")
-        if managed_by_fsdp(self):
-            raise UniLoRAError(
-                "merge: the weight is sharded by fully_shard: save the adapter, load it into a whole model"
-            )
-        delta = self.delta_weight()
-        if self.fan_in_fan_out:
-            delta = delta.T
-        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
-            raise UniLoRAError("merge: weight + update is not finite in " + str(self.weight.dtype))
-        self._unilora.original = exchange_(self.weight, merged)
-
-    def unmerge(self) -> None:
-        """Puts the weight back exactly as it was before :meth:`merge`.
-
-        Raises:
-            UniLoRAError: not merged.
-        """
-        original = self._unilora.original
-        if original is None:
-            raise UniLoRAError("unmerge: this layer is not merged")
-        exchange_(self.weight, original.to(device=self.weight.device, dtype=self.weight.dtype))
-        self._unilora.original = None
+        state = self._unilora
+        device, dtype = self.factors_like()
+        part = state.vector.parts[state.slot_id]
+        A, B = state.vector.fresh_factors(state.slot_id, device, ops.accumulator_dtype(dtype), part)
+        with ops.without_autocast(device):
+            return (B @ A).mul_(self.scaling)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
@@ -174,9 +146,18 @@ class UniLoRAUpdate(UniLoRALayer):
         held = next(chain(self.parameters(), self.buffers()), theta_d)
         return held.device, ops.accumulator_dtype(theta_d.dtype)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = super(UniLoRALayer, self).forward(x, *args, **kwargs)
-        return self._updated(y, x) if self._unilora.vector.enabled else y
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        own_forward = super(UniLoRALayer, self).forward
+        y = own_forward(*args, **kwargs)
+        if not self._unilora.vector.enabled:
+            return y
+        # by name, x is the first argument under whatever name the layer has for it
+        x = args[0] if args else next(iter(signature(own_forward).bind(**kwargs).arguments.values()))
+        return self._updated(y, x)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new_updated, (type(self).__bases__[1],), *state  # pickle does not find a class made by updated_class
 
     def merge(self) -> None:
         """Always an error.
@@ -194,6 +175,11 @@ class UniLoRAUpdate(UniLoRALayer):
 def updated_class(layer_class: type[nn.Module]) -> type[UniLoRAUpdate]:
     """`layer_class`, a linear map of its own kind, with the update added to what it returns."""
     return type(f"UniLoRA{layer_class.__name__}", (UniLoRAUpdate, layer_class), {"__doc__": UniLoRAUpdate.__doc__})
+
+
+def _new_updated(layer_class: type[nn.Module]) -> UniLoRAUpdate:
+    adapted_class = updated_class(layer_class)
+    return adapted_class.__new__(adapted_class)
 
 
 class UniLoRALinear(UniLoRALayer, nn.Linear):

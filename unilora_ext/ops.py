@@ -7,7 +7,8 @@ traces, each function becomes the operator itself, whose shapes and derivatives 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ __all__ = [
     "project_factors",
     "project_traced",
     "project_transpose",
+    "without_autocast",
 ]
 
 
@@ -169,6 +171,11 @@ def project_transpose(g_D: Tensor, rows: Rows, dtype: torch.dtype | None = None)
 
 
 # ---- lora_linear ----------------------------------------------------------------------------------------------------
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which operators on `device` compute in the dtype of their arguments."""
+    return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +18,9 @@ from unilora_ext.projections.rows import faking
 from unilora_ext.sharded_tensors import full, is_sharded
 
 __all__ = ["Part", "Reduction", "SharedVector", "Slot"]
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+"""What calls a module's hooks and its forward."""
 
 Factors = tuple[Tensor, Tensor]
 """(A [r, n], B [m, r])"""
@@ -130,6 +135,9 @@ class SharedVector(nn.Module):
     means is seen by the next forward. A layer that runs outside (a sub-module called alone, a recomputation under
     activation checkpointing) projects its own rows of P: the same values and gradients.
 
+    PyTorch leaves out :meth:`end` where the forward ends in a KeyboardInterrupt or another exception that is no
+    ``Exception``. So what it projected is used only where the call of the model is on the stack.
+
     Attributes:
         theta_d: [d], float32, or float64 in a float64 model: the trainable vector.
         projection: P.
@@ -178,10 +186,14 @@ class SharedVector(nn.Module):
             self._kept = _Kept(self.theta_d.detach().clone(), self._step)
         else:
             self._step = self._kept.step
+        call = sys._getframe(1)
+        while call is not None and call.f_code is not _MODULE_CALL:
+            call = call.f_back
+        self._call = call
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model, called when its forward raises too."""
-        self._step = self._traced = None
+        self._step = self._call = self._traced = None
 
     def _may_keep(self, model: nn.Module) -> bool:
         theta_d = self.theta_d
@@ -195,32 +207,35 @@ class SharedVector(nn.Module):
             return self._traced_factors(slot_id, device, dtype)
         if (asked := self.asked) is not None:
             asked.add(slot_id)
-        if self._step is not None:
+        if self._step is not None and self._is_running():
             # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
             factors = self._step.get((slot_id, device, dtype, torch.is_grad_enabled()))
             return self._project_step(slot_id, device, dtype) if factors is None else factors
         if ops.graph_is_traced():
             return self._traced_factors(slot_id, device, dtype)
-        return self._project_alone(slot_id, self.parts[slot_id], device, dtype)
+        return self.fresh_factors(slot_id, device, dtype, self.parts[slot_id])
 
     def _project_step(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """:meth:`factors` where no layer of the device has asked yet in this forward: projects for all of them."""
-        place, grad = (device, self.parts[slot_id].reduction), torch.is_grad_enabled()
+        part, grad = self.parts[slot_id], torch.is_grad_enabled()
+        place = device, part.reduction
         group = None if self._groups is None else self._groups.get(place)
         if group is None or slot_id not in group.parts:
             self._groups = None  # the layer has moved to another device: look again at the next forward
-            return self._project_alone(slot_id, self.parts[slot_id], device, dtype)
+            return self.fresh_factors(slot_id, device, dtype, part)
         for each, factors in self._project(group, place, dtype).items():
             self._step[each, device, dtype, grad] = factors
         if grad:
             self._kept = None  # they hold on to a graph
         return self._step[slot_id, device, dtype, grad]
 
-    def whole_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The factors of one layer, whatever part of it this process holds."""
-        return self._project_alone(slot_id, self.slots[slot_id].part(), device, dtype)
-
-    def _project_alone(self, slot_id: int, part: Part, device: torch.device, dtype: torch.dtype) -> Factors:
+    def fresh_factors(
+        self, slot_id: int, device: torch.device, dtype: torch.dtype, part: Part | None = None
+    ) -> Factors:
+        """The factors of one layer, projected now: all of them, whatever this process holds, or those of `part`."""
+        part = self.slots[slot_id].part() if part is None else part
+        if ops.graph_is_traced():
+            return self._trace({slot_id: part}, part.reduction, device, dtype)[slot_id]
         group = _Group({slot_id: part}, self.projection.rows(device, part.ranges))
         return self._project(group, (device, part.reduction), dtype)[slot_id]
 
@@ -240,7 +255,7 @@ class SharedVector(nn.Module):
         if self._traced is not None and device == self.theta_d.device:
             A, B = self._traced[part.reduction][slot_id]
             return A.to(dtype), B.to(dtype)
-        return self._trace({slot_id: part}, part.reduction, device, dtype)[slot_id]
+        return self.fresh_factors(slot_id, device, dtype, part)
 
     def _trace_all(self) -> dict[Reduction | None, dict[int, Factors]]:
         """All factors in the dtype of the sums; rounded to another later, they are what the operator gives."""
@@ -262,6 +277,13 @@ class SharedVector(nn.Module):
             dtype,
         )
         return _by_slot(parts, factors)
+
+    def _is_running(self) -> bool:
+        """Whether the forward that :meth:`begin` began is still running, in this thread."""
+        call, frame = self._call, sys._getframe(1)
+        while frame is not None and frame is not call:
+            frame = frame.f_back
+        return frame is not None
 
     def _theta_d(self) -> Tensor:
         if not is_sharded(self.theta_d):
@@ -295,20 +317,31 @@ class SharedVector(nn.Module):
 
     def _forget(self) -> None:
         self._step: _Step | None = None  # while the model's forward runs
+        self._call: FrameType | None = None  # of the model, meanwhile
         self._kept: _Kept | None = None
         self._groups: dict[_Place, _Group] | None = None
         self._traced: dict[Reduction | None, dict[int, Factors]] | None = None  # while the model's forward is traced
 
     def _apply(self, fn, recurse: bool = True):
-        before = self.theta_d.detach()
-        super()._apply(fn, recurse)
-        if not before.is_meta and not self.theta_d.is_meta:
-            self.theta_d.data.copy_(before)  # to_empty() of a model built on meta is for the weights
+        def moved(tensor: Tensor) -> Tensor:
+            """To the device that `fn` moves to, values kept (to_empty() is for the weights), and not narrowed with the
+            weights: small steps would be lost in 16 bits."""
+            target = fn(tensor)
+            return target if tensor.is_meta else tensor.to(target.device, ops.accumulator_dtype(target.dtype))
+
+        super()._apply(moved, recurse)
         self._forget()
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(key := prefix + "theta_d")
+        if isinstance(stored, Tensor) and stored.is_floating_point():  # with assign=True its dtype would stay
+            state_dict[key] = stored.to(ops.accumulator_dtype(stored.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None, "_kept": None, "_groups": None, "_traced": None}
+        passing = dict.fromkeys(("_step", "_call", "_kept", "_groups", "_traced"))
+        return {**self.__dict__, **passing}
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"

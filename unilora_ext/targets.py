@@ -51,8 +51,10 @@ def find_targets(
         whole_names: where they are known, the names of the targets; `target_modules` is then not looked at.
 
     Raises:
-        AttachError: nothing matches, or a matching module cannot be adapted; the message names it.
+        AttachError: nothing matches, a matching module cannot be adapted, or a part of the model has an adapter or is
+            not initialised; the message names it.
     """
+    _check_ready(model)
     whole = [module for _, module in find_modules(model, modules_to_save, "modules_to_save")]
     inside_whole = {id(part) for module in whole for part in module.modules()}
     if whole_names is not None:
@@ -85,6 +87,22 @@ def find_targets(
     return targets
 
 
+def _check_ready(model: nn.Module) -> None:
+    """Whether all of the model can be frozen: an adapter inside it would be, too."""
+    for name, module in model.named_modules():
+        if isinstance(module, UniLoRALayer):
+            raise AttachError(
+                f"attach: '{name}' ({type(module).__name__}) in this {type(model).__name__} has a Uni-LoRA adapter "
+                "already; detach it first"
+            )
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise AttachError(
+                f"attach: '{name}' is not initialised: call the model once before, so that its lazy layers get their "
+                "shapes"
+            )
+
+
 def find_modules(model: nn.Module, endings: Sequence[str], field: str) -> list[tuple[str, nn.Module]]:
     """Modules whose name is one of `endings` or ends in ``.<ending>``, in ``named_modules()`` order.
 
@@ -110,12 +128,23 @@ def find_modules(model: nn.Module, endings: Sequence[str], field: str) -> list[t
 def _all_linear_names(model: nn.Module, inside_whole: set[int]) -> list[str]:
     """Every Linear and Conv1D but those whose parent reads their weight, and the output head: in a Transformers model
     with a head, all that lies outside its ``base_model``. A plain module has no telling head: there, name it in
-    modules_to_save."""
+    modules_to_save.
+
+    Raises:
+        AttachError: some of them are parts of PEFT's adapters, such as LoRA's A and B.
+    """
+    peft = sys.modules.get("peft.tuners.tuners_utils")
     base = getattr(model, "base_model", model)
     body = {id(part) for part in base.modules()} if isinstance(base, nn.Module) else None
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
     names = []
     for name, module in model.named_modules():
+        if peft is not None and isinstance(module, peft.BaseTunerLayer):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise AttachError(
+                f"target_modules='all-linear': '{name}' has an adapter of PEFT ({kind}), whose own matrices are linear "
+                "layers too: merge_and_unload() it first, or list the modules to adapt"
+            )
         left_out = id(module) in inside_whole or module is head or (body is not None and id(module) not in body)
         above, _, child = name.rpartition(".")
         if _is_linear(module) and name and not left_out and reads_weight(model.get_submodule(above), child) is None:
@@ -155,8 +184,6 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     def refuse(reason: str) -> AttachError:
         return AttachError(f"target_modules: '{name}' ({type(module).__name__}) cannot be adapted: {reason}")
 
-    if isinstance(module, UniLoRALayer):
-        raise refuse("it has a Uni-LoRA adapter already; detach it first")
     above, _, child = name.rpartition(".")
     reader = reads_weight(modules.get(above), child)
     if reader is not None:

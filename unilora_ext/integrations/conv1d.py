@@ -16,6 +16,9 @@ class UniLoRAConv1D(UniLoRALayer, Conv1D):
     def dense_weight(self) -> Tensor:
         return self.weight.T
 
+    def forward(self, x: Tensor) -> Tensor:  # Conv1D's name of the argument
+        return super().forward(x)
+
     def __repr__(self) -> str:
         n, m = self.weight.shape
         return f"UniLoRAConv1D(in_features={n}, out_features={m}, r={self.r}, scaling={self.scaling:g})"

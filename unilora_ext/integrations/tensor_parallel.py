@@ -94,30 +94,19 @@ class UniLoRAShardedLinear(UniLoRALinear):
         held = _held(slot.n if by_rows else slot.m, mesh)
         return slot.part(**{"inputs" if by_rows else "outputs": held}, reduction=GradientSum(mesh))
 
-    def lora_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """A [r, n] and B [m, r], whole, on every process; see :meth:`UniLoRALayer.lora_factors`."""
-        state = self._unilora
-        return state.vector.whole_factors(state.slot_id, self.weight.device, dtype or self.weight.dtype)
-
-    def _local_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B of this process's part of W."""
-        state = self._unilora
-        return state.vector.factors(state.slot_id, self.weight.device, dtype)
-
     @property
     def _by_rows(self) -> bool:
         """RowwiseParallel: the inputs are spread over the processes."""
         return self.weight.placements[0].dim == 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        state = self._unilora
-        x = self._laid_out(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, state = self._laid_out(input), self._unilora
         # Column-wise, every process adds what its outputs give to the gradient of the same x.
         local_x = x.to_local() if self._by_rows else x.to_local(grad_placements=[Partial()])
         weight, bias = self.weight.to_local(), self._local_bias()
         if state.original is not None or not state.vector.enabled:
             return self._spread(F.linear(local_x, weight, bias), x)
-        A, B = self._local_factors(ops.autocast_dtype(x.device, self.weight.dtype))
+        A, B = self._factors(ops.autocast_dtype(x.device, self.weight.dtype))
         if self._dropping():
             y, dropped = F.linear(local_x, weight, bias), F.dropout(local_x, state.dropout)
             return self._spread(ops.lora_update(y, dropped, A, B, state.scaling), x)
@@ -146,12 +135,9 @@ class UniLoRAShardedLinear(UniLoRALinear):
         placement = Partial() if self._by_rows else Shard(y.ndim - 1)
         return _from_local(y, (*x.shape[:-1], self.out_features), self.weight.device_mesh, placement)
 
-    @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s B A [m, n], in float32 (float64 for a float64 weight), sharded as the weight is."""
-        A, B = self._local_factors(ops.accumulator_dtype(self.weight.dtype))
-        delta = (B @ A).mul_(self.scaling)
-        return _from_local(delta, self.weight.shape, self.weight.device_mesh, *self.weight.placements)
+        return _from_local(super().delta_weight(), self.weight.shape, self.weight.device_mesh, *self.weight.placements)
 
 
 def _held(size: int, mesh: DeviceMesh) -> tuple[int, int]:

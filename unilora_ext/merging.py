@@ -1,0 +1,172 @@
+"""The update folded into the weight of a layer, and taken out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from unilora_ext.errors import UniLoRAError
+from unilora_ext.sharded_tensors import exchange_, is_sharded, managed_by_fsdp
+
+if TYPE_CHECKING:
+    from unilora_ext.linear import LayerState
+
+__all__ = ["MergeableLayer", "check_load", "warn_merged"]
+
+_MERGED = "unilora_merged"
+"""Marks a layer that was merged in the metadata of a ``state_dict``."""
+
+
+class MergeableLayer(nn.Module):
+    """A layer whose ``weight`` [m, n] an update can be merged into."""
+
+    _unilora: LayerState
+    weight: Tensor
+    fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
+
+    def delta_weight(self) -> Tensor:
+        """The update [m, n], in float32 (float64 for a float64 weight)."""
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into ``weight``."""
+        return self._unilora.original is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds the update into ``weight``, rounded once; the weight as it was is kept for :meth:`unmerge`.
+
+        Raises:
+            UniLoRAError: merged already; the weight is sharded by fully_shard, computed anew in every forward, or on
+                the meta device; or the sum is not finite. The weight is then unchanged.
+        """
+        if self.merged:
+            raise UniLoRAError("merge: this layer is merged already; call unmerge() first")
+        if managed_by_fsdp(self):
+            raise UniLoRAError(
+                "merge: the weight is sharded by fully_shard: save the adapter, load it into a whole model"
+            )
+        if not self._weight_is_stored():
+            raise UniLoRAError(
+                "merge: the weight is computed anew in every forward (torch.nn.utils.prune, weight_norm, spectral_norm "
+                "or parametrize): the update would be lost. Make it a plain parameter first (prune.remove, "
+                "remove_weight_norm, remove_parametrizations)"
+            )
+        if self.weight.is_meta:
+            raise UniLoRAError("merge: the weight has no values here: it is on the meta device, or offloaded")
+        delta = self.delta_weight()
+        if self.fan_in_fan_out:
+            delta = delta.T
+        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
+            raise UniLoRAError("merge: weight + update is not finite in " + str(self.weight.dtype))
+        self._unilora.merged_sums = _bit_sums(merged)
+        self._unilora.original = exchange_(self.weight, merged)
+
+    def unmerge(self) -> None:
+        """Puts the weight back exactly as it was before :meth:`merge`.
+
+        Raises:
+            UniLoRAError: not merged, or the weight was written since, which would be lost. The weight is then
+                unchanged.
+        """
+        self.check_unmerge()
+        self.restore_weight()
+
+    def check_unmerge(self) -> None:
+        """Raises what :meth:`unmerge` would."""
+        if not self.merged:
+            raise UniLoRAError("unmerge: this layer is not merged")
+        if not self._weight_is_as_merged():
+            raise UniLoRAError(
+                "unmerge: the weight was written after merge(), and what was written would be lost; "
+                "detach(merge=True) keeps the weights as they are"
+            )
+
+    def restore_weight(self) -> None:
+        """:meth:`unmerge` without its checks."""
+        state = self._unilora
+        exchange_(self.weight, state.original.to(device=self.weight.device, dtype=self.weight.dtype))
+        state.original = state.merged_sums = None
+
+    def _weight_is_stored(self) -> bool:
+        """Whether ``weight`` is what it was registered as, not made from other tensors by a hook or a property."""
+        return "weight" in self._parameters or "weight" in self._buffers
+
+    def _weight_is_as_merged(self) -> bool:
+        if not self._weight_is_stored() or self.weight.is_meta:
+            return False
+        return all(map(torch.equal, _bit_sums(self.weight), self._unilora.merged_sums))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeableLayer:
+        as_merged = self.merged and self._weight_is_as_merged()
+        super()._apply(fn, recurse)
+        if as_merged and not self.weight.is_meta:  # a cast is not a write
+            self._unilora.merged_sums = _bit_sums(self.weight)
+        return self
+
+    # -- state_dict ---------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][_MERGED] = True
+
+    def check_load(self, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+        """Whether a weight fits the state of this layer: with the update where it is merged, without it where not.
+
+        Raises:
+            UniLoRAError: it does not.
+        """
+        stored = metadata.get(_MERGED, False)
+        if prefix + "weight" not in state_dict or stored == self.merged:
+            return
+        if stored:
+            raise UniLoRAError(
+                f"load_state_dict: '{prefix}weight' was saved while merged and has the update in it, which this layer "
+                "would add once more: save it after unmerge(), or load it into the model without an adapter"
+            )
+        raise UniLoRAError(
+            f"load_state_dict: '{prefix}weight' would replace a weight that has the update merged into it: call "
+            "unmerge() first, or detach(merge=True) for a weight that has it too"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        self.check_load(state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def check_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """``load_state_dict`` pre-hook of a model: :meth:`MergeableLayer.check_load` of all layers, before the first
+    tensor is written. Inside a larger model the metadata is not at hand here, and each layer checks its own."""
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is None and prefix:
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, MergeableLayer):
+            layer.check_load(state_dict, f"{prefix}{name}.", (metadata or {}).get(prefix + name, {}))
+
+
+def warn_merged(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """``state_dict`` pre-hook of a model."""
+    if any(isinstance(layer, MergeableLayer) and layer.merged for layer in model.modules()):
+        warnings.warn(
+            "state_dict() of a merged model: its weights have the update in them, and a model with an adapter that "
+            "loads them adds it once more. unmerge() first, or detach(merge=True) for a plain model",
+            stacklevel=4,
+        )
+
+
+def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the bits of a weight [m, n], read as integers, over its rows and its columns: [n] and [m], int64, on the
+    CPU. A write changes them; where and in which order they are summed does not."""
+    weight = weight.detach().to_local() if is_sharded(weight) else weight.detach()
+    bits = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+    return bits.sum(0).cpu(), bits.sum(-1).cpu()
