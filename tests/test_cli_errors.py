@@ -219,7 +219,7 @@ def test_nobody_reads_standard_output(folder, command, status):
     assert result.returncode == status
     assert not (folder / "new").exists()
     if status:
-        assert "new/run: the run ended early, it could not print: [Errno 32] Broken pipe" in result.stderr
+        assert "new/run: the run ended early: [Errno 32] Broken pipe" in result.stderr
 
 
 def test_standard_output_is_closed(folder):

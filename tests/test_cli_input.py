@@ -200,6 +200,20 @@ def test_a_model_folder_without_its_tokenizer(folder, capsys):
         assert expected in refused(folder, capsys, f"{command} --adapter run/adapter --model silent")
 
 
+def test_a_model_that_computes_its_embedding(tmp_path):
+    """CANINE: any number of tokens."""
+    import transformers
+
+    from unilora_ext.cli.base import check_tokenizer, check_tokens
+
+    config = transformers.CanineConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_hash_buckets=32
+    )
+    tokenizer = transformers.CanineTokenizer()
+    check_tokenizer("base", tokenizer)
+    check_tokens(transformers.CanineForSequenceClassification(config), [("here", tokenizer("film")["input_ids"])])
+
+
 @pytest.mark.parametrize("config", ["GPT2Config", "T5Config", "RobertaConfig"])
 def test_made_up_tokenizers_are_told(tmp_path, config):
     import transformers

@@ -130,8 +130,7 @@ def run(settings: Settings, resumed: dict[str, Any] | None = None, overwrite: bo
             print(f"\nInterrupted. Go on with: unilora finetune --resume {shlex.quote(settings.output)}")
             raise
         except OSError as error:
-            what = "print" if isinstance(error, BrokenPipeError) else "write"
-            raise RunError(f"{output}: the run ended early, it could not {what}: {error}") from error
+            raise RunError(f"{output}: the run ended early: {error}") from error
 
 
 @contextmanager
@@ -147,8 +146,8 @@ def nothing_left(output: Path, missing: Sequence[Path], names: Sequence[str]) ->
         yield
     except Exception:
         if checkpoints.latest(output / "checkpoints") is None:
-            _remove(output, names)
-            with suppress(OSError):  # not empty
+            with suppress(OSError):  # a folder with more in it
+                _remove(output, names)
                 for folder in missing:
                     folder.rmdir()
         raise
