@@ -114,8 +114,8 @@ FINETUNE = "finetune --model tiny --data good.csv --output new"
         ("--epochs 0", "--epochs: expected an integer >= 1, got 0"),
         ("--epochs two", "argument --epochs: invalid int value: 'two'"),
         ("--batch-size -1", "--batch-size: expected an integer >= 1, got -1"),
-        ("--lr-theta 0", "--lr-theta: expected a number > 0, got 0.0"),
-        ("--lr-head nan", "--lr-head: expected a number > 0, got nan"),
+        ("--lr-theta 0", "--lr-theta: expected a number in (0, 1e30], got 0.0"),
+        ("--lr-head nan", "--lr-head: expected a number in (0, 1e30], got nan"),
         ("--weight-decay -1", "--weight-decay: expected a number >= 0, got -1.0"),
         ("--warmup 1", "--warmup: expected a number in [0, 1), got 1.0"),
         ("--validation-fraction 1", "--validation-fraction: expected a number in (0, 1), got 1.0"),
@@ -198,6 +198,20 @@ def test_a_model_folder_without_its_tokenizer(folder, capsys):
     assert expected in refused(folder, capsys, f"{FINETUNE} --model silent")
     for command in ("evaluate --data good.csv", "predict --text good"):
         assert expected in refused(folder, capsys, f"{command} --adapter run/adapter --model silent")
+
+
+def test_a_model_that_computes_its_embedding(tmp_path):
+    """CANINE: any number of tokens."""
+    import transformers
+
+    from unilora_ext.cli.base import check_tokenizer, check_tokens
+
+    config = transformers.CanineConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_hash_buckets=32
+    )
+    tokenizer = transformers.CanineTokenizer()
+    check_tokenizer("base", tokenizer)
+    check_tokens(transformers.CanineForSequenceClassification(config), [("here", tokenizer("film")["input_ids"])])
 
 
 @pytest.mark.parametrize("config", ["GPT2Config", "T5Config", "RobertaConfig"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from unilora_ext.cli.errors import AgreedError, CliError, RunError
 from unilora_ext.cli.parser import make_parser
@@ -31,11 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     module, function = given.run.split(":")
     del given.command, given.run
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text that the terminal's encoding lacks is shown as \\u....
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a fork (a data loader's) draws a warning
     try:
         # A sub-command's module is imported when it runs: --help need not wait for Transformers.
         getattr(importlib.import_module(module), function)(given)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except AgreedError as error:
         return error.status
     except (CliError, UniLoRAError) as error:
@@ -51,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(name: str, error: BaseException, status: int) -> int:
-    sys.stdout.flush()
-    print(f"unilora {name}: error: {error}", file=sys.stderr)
+    with suppress(OSError):  # standard output may be what failed
+        print(end="", flush=True)
+    with suppress(OSError):
+        print(f"unilora {name}: error: {error}", file=sys.stderr, flush=True)
     return status

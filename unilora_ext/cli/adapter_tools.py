@@ -8,8 +8,10 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
+import safetensors
+
 from unilora_ext.checkpoint import AdapterFile, read
-from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.errors import CliError, RunError, need
 from unilora_ext.cli.outputs import check_target, write
 
 __all__ = ["export", "inspect", "merge"]
@@ -106,8 +108,10 @@ class _Folder:
         self.temporary.mkdir()
         return self.temporary
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         if kind is None:
             self.temporary.replace(self.output)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        if isinstance(error, (OSError, safetensors.SafetensorError)):
+            raise RunError(f"{self.output}: expected to write a folder there, got: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,15 @@ import unilora_ext as ul
 from unilora_ext.adapter import CHILD, saved_tensors
 from unilora_ext.cli.errors import CliError
 
-__all__ = ["base_digest", "base_sha256", "check_base", "check_known", "check_tokenizer", "check_tokens"]
+__all__ = [
+    "base_digest",
+    "base_sha256",
+    "check_base",
+    "check_known",
+    "check_tokenizer",
+    "check_tokens",
+    "embedding_rows",
+]
 
 
 def check_base(base: str) -> None:
@@ -46,6 +55,15 @@ def check_tokenizer(base: str, tokenizer: Any) -> None:
         )
 
 
+def embedding_rows(model: Any) -> float:
+    """How many tokens a Transformers model has an embedding for; infinity where it computes them, as CANINE does."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return math.inf
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else math.inf
+
+
 def check_tokens(model: nn.Module, texts: Iterable[tuple[str, Sequence[int]]]) -> None:
     """Refuses tokens that the model has no embedding for.
 
@@ -56,7 +74,7 @@ def check_tokens(model: nn.Module, texts: Iterable[tuple[str, Sequence[int]]]) -
     Raises:
         CliError: naming the first place.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     for where, ids in texts:
         if ids and max(ids) >= rows:
             raise CliError(
@@ -104,7 +122,7 @@ def base_sha256(adapter: ul.Adapter) -> str:
     model = adapter.model
     own = {f"{CHILD}.theta_d", *saved_tensors(model, adapter.config)}
     frozen = {
-        tensor.data_ptr(): tensor  # a tied weight once
+        (tensor.data_ptr(), tensor.shape): tensor  # a tied weight once
         for name, tensor in model.state_dict().items()
         if name not in own and tensor.is_floating_point() and tensor.numel()
     }

@@ -41,7 +41,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
     try:
         facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         whole = all((checkpoint / name).stat().st_size == size for name, size in facts["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return facts if whole else None
 

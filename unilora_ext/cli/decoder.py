@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from unilora_ext.cli.base import check_base, check_tokenizer, check_tokens
+from unilora_ext.cli.base import check_base, check_tokenizer, check_tokens, embedding_rows
 from unilora_ext.cli.conversations import Record
 from unilora_ext.cli.encoding import IGNORED, encode, pad
 from unilora_ext.cli.errors import CliError, need
@@ -68,7 +68,7 @@ class Decoder(TaskModel):
     @property
     def pad_id(self) -> int:
         """A token to fill up with; it is masked, so any will do."""
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = embedding_rows(self.model)
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(number for number in known if number is not None and number < rows)
 

@@ -15,7 +15,7 @@ from typing import Any
 from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli.data import Row, write_rows
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.finetune import check_output, read_data, run
+from unilora_ext.cli.finetune import check_output, nothing_left, read_data, run
 from unilora_ext.cli.packages import MODELS, package_file
 from unilora_ext.cli.settings import Settings
 
@@ -45,10 +45,12 @@ def command(arguments: Namespace) -> None:
         seed=arguments.seed,
     )
     rows = read_reviews(reviews, arguments.seed)
-    output.mkdir(parents=True, exist_ok=True)
-    write_rows(output / "train.csv", rows[:TRAIN_ROWS], "text", "label")
-    write_rows(output / "test.csv", rows[TRAIN_ROWS:], "text", "label")
-    metrics = run(settings, overwrite=True)
+    missing = [path for path in (output, *output.absolute().parents) if not path.exists()]
+    with nothing_left(output, missing, ("train.csv", "test.csv")):
+        output.mkdir(parents=True, exist_ok=True)
+        write_rows(output / "train.csv", rows[:TRAIN_ROWS], "text", "label")
+        write_rows(output / "test.csv", rows[TRAIN_ROWS:], "text", "label")
+        metrics = run(settings, overwrite=True)
     print("\nbaseline: logistic regression on the frozen model's mean-pooled features, same rows ...", flush=True)
     frozen = frozen_baseline(settings)
     results, seconds = metrics["results"], time.perf_counter() - began

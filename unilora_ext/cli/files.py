@@ -11,7 +11,10 @@ from typing import Any
 
 from unilora_ext.cli.errors import CliError, closest
 
-__all__ = ["read_records", "sha256", "shown"]
+__all__ = ["check_unicode", "read_records", "sha256", "shown"]
+
+_LEVELS = 100
+"""Objects and lists in one another; far deeper ones overflow the stack where they are read, shown or written."""
 
 
 def read_records(
@@ -81,8 +84,12 @@ def _jsonl_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, di
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # ValueError: of a number of thousands of digits, too
                 raise CliError(f"{where}: expected a JSON object, got {shown(line.strip())} ({error})") from error
+            if line.count("[") + line.count("{") > _LEVELS and _deeper(record, _LEVELS):
+                raise CliError(f"{where}: expected at most {_LEVELS} levels of objects and lists, got more")
+            if "\\u" in line:
+                check_unicode(json.dumps(record, ensure_ascii=False), where)
             if not isinstance(record, dict):
                 raise CliError(f"{where}: expected a JSON object, got {shown(record)}")
             _check_columns(where, columns, record)
@@ -106,6 +113,25 @@ def _check_columns(where: str, columns: Sequence[str], got: Any) -> None:
     for column in columns:
         if list(got).count(column) > 1:
             raise CliError(f"{where}: expected the column '{column}' once, got it {list(got).count(column)} times")
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists lie deeper in one another."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(part, levels - 1) for part in parts)
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuses half a character, such as JSON's ``\\ud83d`` alone, and bytes of a command line that are no text.
+
+    Raises:
+        CliError: showing it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = text[error.start : error.end]
+        raise CliError(f"{where}: expected Unicode text, got a lone surrogate, {got!a}") from error
 
 
 def shown(value: Any) -> str:

@@ -9,7 +9,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli import checkpoints, distributed
 from unilora_ext.cli.conversations import read_conversations, split_conversations, write_conversations
 from unilora_ext.cli.data import label_names, read_rows, split_rows, write_rows
-from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.errors import CliError, RunError, need
 from unilora_ext.cli.files import sha256
 from unilora_ext.cli.settings import CAUSAL_LM, Settings, option_name, read_run, run_record
 
-__all__ = ["command", "run"]
+__all__ = ["command", "nothing_left", "run"]
 
 WRITTEN = ("adapter", "checkpoints", "report", "validation.csv", "validation.jsonl", "run.json")
 """What a run writes into its folder; ``--overwrite`` deletes these and nothing else."""
@@ -53,7 +53,7 @@ def _device_of_run(output: Path) -> str:
     """The device that a run asked for, as far as it can be read; what is wrong with the run is told later."""
     try:
         return json.loads((output / "run.json").read_text(encoding="utf-8"))["settings"]["device"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "auto"
 
 
@@ -115,26 +115,54 @@ def run(settings: Settings, resumed: dict[str, Any] | None = None, overwrite: bo
             if resumed is not None and resumed.get("base_sha256", task.base_sha256) != task.base_sha256:
                 raise CliError(
                     f"--resume {output}: expected the frozen weights the run began with, got others in "
-                    f"{settings.model} (SHA-256 {task.base_sha256[:16]}..., not {resumed['base_sha256'][:16]}...)"
+                    f"{settings.model} (SHA-256 {task.base_sha256[:16]}..., not {str(resumed['base_sha256'])[:16]}...)"
                 )
-        with distributed.together():
-            if distributed.is_first():
-                held.enter_context(_alone(output, create=resumed is None))
-                _begin(settings, facts, read, output, fresh=resumed is None)
-        started = time.perf_counter()
         try:
-            return train(settings, task, rows, output, started)
+            with distributed.together():
+                if distributed.is_first():
+                    missing = [path for path in (output, *output.absolute().parents) if not path.exists()]
+                    held.enter_context(_alone(output, create=resumed is None))
+                    if resumed is None:
+                        held.enter_context(nothing_left(output, missing, WRITTEN))
+                    _begin(settings, facts, read, output, fresh=resumed is None)
+            return train(settings, task, rows, output, time.perf_counter())
         except KeyboardInterrupt:
             print(f"\nInterrupted. Go on with: unilora finetune --resume {shlex.quote(settings.output)}")
             raise
+        except OSError as error:
+            raise RunError(f"{output}: the run ended early: {error}") from error
+
+
+@contextmanager
+def nothing_left(output: Path, missing: Sequence[Path], names: Sequence[str]) -> Iterator[None]:
+    """Removes what was begun, where an error ends a run before its first checkpoint: nothing could go on from there.
+
+    Args:
+        output: folder of the run.
+        missing: folders that were not there before, innermost first.
+        names: what is the run's own in `output`.
+    """
+    try:
+        yield
+    except Exception:
+        if checkpoints.latest(output / "checkpoints") is None:
+            with suppress(OSError):  # a folder with more in it
+                _remove(output, names)
+                for folder in missing:
+                    folder.rmdir()
+        raise
+
+
+def _remove(output: Path, names: Sequence[str]) -> None:
+    for name in names:
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _begin(settings: Settings, facts: dict[str, Any], rows: Rows, output: Path, fresh: bool) -> None:
     """What is in the run's folder before the training: nothing of an earlier run."""
     if fresh:
-        for name in WRITTEN:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _remove(output, WRITTEN)
         replace_file(output / "run.json", run_record(settings, facts))
     path = output / settings.validation_file
     if settings.task == CAUSAL_LM:

@@ -10,6 +10,7 @@ from pathlib import Path
 from unilora_ext.checkpoint import read
 from unilora_ext.cli.conversations import Record, read_conversations
 from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.files import check_unicode
 from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.settings import CAUSAL_LM, check_task
 
@@ -72,9 +73,11 @@ def _records(arguments: Namespace, text_column: str) -> list[Record]:
     if arguments.data is not None:
         return read_conversations(arguments.data, text_column, answered=False)
     option, texts = ("--prompt", arguments.prompt) if arguments.prompt else ("--message", arguments.message)
+    check_unicode(arguments.system or "", "--system")
     records = []
     for number, text in enumerate(texts, 1):
         where = f"{option} number {number}"
+        check_unicode(text, where)
         if not text.strip():
             raise CliError(f"{where}: expected a text, got nothing")
         if option == "--prompt":

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from unilora_ext.checkpoint import replace_file
-from unilora_ext.cli.errors import CliError
+from unilora_ext.cli.errors import CliError, RunError
 
 __all__ = ["check_target", "write"]
 
@@ -45,9 +45,17 @@ def write(path: str, text: str) -> None:
     points to is written; what is no regular file (a FIFO, a device, standard output) takes the bytes as they come.
 
     Raises:
-        OSError: it cannot be written.
+        RunError: it cannot be written.
     """
-    data, target = text.encode(), Path(path)
+    try:
+        _write(Path(path), text.encode())
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(f"{path}: expected to write {len(text):,} characters there, got: {error.strerror}") from error
+
+
+def _write(target: Path, data: bytes) -> None:
     printed = next((descriptor for descriptor in (1, 2) if _is_open_as(target, descriptor)), None)
     if printed is None and _kind(target) in (None, stat.S_IFREG):
         return replace_file(Path(os.path.realpath(target)), data)

@@ -13,6 +13,7 @@ from unilora_ext.checkpoint import read
 from unilora_ext.cli.conversations import read_conversations
 from unilora_ext.cli.data import Row, read_rows
 from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.files import check_unicode
 from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION, check_task
 
@@ -63,6 +64,8 @@ def predict(arguments: Namespace) -> None:
         rows = read_rows(arguments.data, _columns(arguments, facts)[0], None)
     else:
         rows = [Row(text, None, f"--text number {i}") for i, text in enumerate(arguments.text, 1)]
+        for row in rows:
+            check_unicode(row.text, row.where)
         empty = [row.where for row in rows if not row.text.strip()]
         if empty:
             raise CliError(f"{empty[0]}: expected a text, got nothing")

@@ -52,6 +52,12 @@ class Progress(ProgressCallback):
         self.current_step = state.global_step
         self.best = state.best_metric
 
+    def close(self) -> None:
+        """Takes the bar away where an error has ended the training: the message has its own line."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
 

@@ -39,6 +39,8 @@ def _positive(kind: str = "a number") -> dict[str, Any]:
     return {"expected": f"{kind} > 0", "good": lambda v: 0 < v < float("inf")}
 
 
+# AdamW divides it by 1 - beta1 before it becomes a float32.
+_RATE = {"expected": "a number in (0, 1e30]", "good": lambda v: 0 < v <= 1e30}
 _COUNT = {"expected": "an integer >= 1", "good": lambda v: v >= 1}
 _FRACTION = {"expected": "a number in [0, 1)", "good": lambda v: 0 <= v < 1}
 
@@ -82,10 +84,8 @@ class Settings:
         "an integer >= 4",
         lambda v: v >= 4,
     )
-    lr_theta: float = _option(0.02, float, "peak learning rate of theta_d", **_positive())
-    lr_head: float = _option(
-        0.002, float, "peak learning rate of the classifier head", **_positive(), task=CLASSIFICATION
-    )
+    lr_theta: float = _option(0.02, float, "peak learning rate of theta_d", **_RATE)
+    lr_head: float = _option(0.002, float, "peak learning rate of the classifier head", **_RATE, task=CLASSIFICATION)
     weight_decay: float = _option(
         0.0,
         float,
@@ -203,5 +203,5 @@ def read_run(output: Path) -> tuple[Settings, dict[str, Any]]:
         return Settings(**{**values, "output": str(output)}), record
     except CliError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CliError(f"{path}: expected the settings of a run as JSON; the file is damaged ({error})") from error

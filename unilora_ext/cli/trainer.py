@@ -22,7 +22,7 @@ from unilora_ext.checkpoint import read
 from unilora_ext.cli import checkpoints, distributed
 from unilora_ext.cli.encoding import IGNORED
 from unilora_ext.cli.errors import RunError
-from unilora_ext.cli.model import TaskModel, device_of
+from unilora_ext.cli.model import TaskModel, device_of, first_line
 from unilora_ext.cli.progress import Progress
 from unilora_ext.cli.sampling import LengthSampler, Shares, blank
 from unilora_ext.cli.settings import Settings
@@ -122,16 +122,18 @@ class AdapterTrainer(Trainer):
         learnt = int((inputs["labels"] != IGNORED).sum())
         value = (total.detach() / max(learnt, 1)).item()
         if not math.isfinite(value):
-            rates = f"--lr-theta (now {self.settings.lr_theta})"
-            if self.task.adapter.config.modules_to_save:
-                rates += f" or --lr-head (now {self.settings.lr_head})"
-            raise RunError(
-                f"training diverged in step {self.state.global_step + 1}: the loss is {value}. Lower {rates}"
-            )
+            raise self._diverged("loss", value)
         self.loss_sum, self.loss_rows = self.loss_sum + value * learnt, self.loss_rows + learnt
         rows = int((inputs["labels"] != IGNORED).view(len(inputs["labels"]), -1).any(-1).sum())
         self.progress.step(value if learnt else None, rows, self._tokens(inputs))
         return total * distributed.world_size() / num_items_in_batch
+
+    def _diverged(self, figure: str, value: float) -> RunError:
+        rates = f"--lr-theta (now {self.settings.lr_theta})"
+        if self.task.adapter.config.modules_to_save:
+            rates += f" or --lr-head (now {self.settings.lr_head})"
+        step = self.state.global_step + (figure == "loss")  # of a step at work, or after it
+        return RunError(f"training diverged in step {step}: the {figure} is {value}. Lower {rates}")
 
     @staticmethod
     def _tokens(inputs: dict[str, Any]) -> int:
@@ -143,6 +145,8 @@ class AdapterTrainer(Trainer):
         mine = self.validation[distributed.rank() :: distributed.world_size()]
         *sums, loss_sum, loss_rows = distributed.sums([*self.task.sums(mine), self.loss_sum, self.loss_rows])
         result = self.task.score_of(sums)
+        if not math.isfinite(result.loss):
+            raise self._diverged("validation loss", result.loss)
         metrics = {
             f"eval_{self.task.figure}": getattr(result, self.task.figure),
             "eval_loss": result.loss,
@@ -182,7 +186,10 @@ class AdapterTrainer(Trainer):
         loss_sum, loss_rows = distributed.sums([self.loss_sum, self.loss_rows])
         if distributed.is_first():
             checkpoints.unmark(checkpoint)
-        super()._save_checkpoint(model, trial, *args, **kwargs)
+        try:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        except RuntimeError as error:  # torch.save's, of a full disk
+            raise RunError(f"{checkpoint}: expected to write it, got: {first_line(error)}") from error
         distributed.barrier()  # each process keeps the state of its random generators
         if distributed.is_first():
             checkpoints.mark_complete(checkpoint, {"loss_sum": loss_sum, "loss_rows": loss_rows})

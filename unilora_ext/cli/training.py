@@ -63,7 +63,10 @@ def train(settings: Settings, task: TaskModel, rows: Rows, output: Path, started
     resumed = distributed.from_first(checkpoints.latest(folder))
     if resumed is not None:
         print(f"going on from {resumed}")
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    try:
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    finally:
+        trainer.progress.close()
     processes = distributed.world_size()
     first = distributed.is_first()
     distributed.leave()
