@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from unilora_ext.checkpoint import replace_file
+from unilora_ext.files import replace_file
 
 __all__ = ["MARKER", "latest", "mark_complete", "prune", "read_marker", "remove_incomplete", "unmark"]
 

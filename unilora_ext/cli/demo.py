@@ -12,12 +12,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli.data import Row, write_rows
 from unilora_ext.cli.errors import CliError, need
 from unilora_ext.cli.finetune import check_output, nothing_left, read_data, run
 from unilora_ext.cli.packages import MODELS, package_file
 from unilora_ext.cli.settings import Settings
+from unilora_ext.files import replace_file
 
 __all__ = ["command"]
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli import checkpoints, distributed
 from unilora_ext.cli.conversations import read_conversations, split_conversations, write_conversations
 from unilora_ext.cli.data import label_names, read_rows, split_rows, write_rows
 from unilora_ext.cli.errors import CliError, RunError, need
 from unilora_ext.cli.files import sha256
 from unilora_ext.cli.settings import CAUSAL_LM, Settings, option_name, read_run, run_record
+from unilora_ext.files import replace_file
 
 __all__ = ["command", "nothing_left", "run"]
 

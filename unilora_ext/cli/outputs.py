@@ -7,8 +7,8 @@ import stat
 import sys
 from pathlib import Path
 
-from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli.errors import CliError, RunError
+from unilora_ext.files import replace_file
 
 __all__ = ["check_target", "write"]
 

@@ -14,7 +14,6 @@ import torch
 import transformers
 
 import unilora_ext as ul
-from unilora_ext.checkpoint import replace_file
 from unilora_ext.cli import checkpoints, distributed, report, sizes
 from unilora_ext.cli.base import check_known
 from unilora_ext.cli.errors import CliError
@@ -23,6 +22,7 @@ from unilora_ext.cli.predict import describe
 from unilora_ext.cli.settings import CAUSAL_LM, Settings
 from unilora_ext.cli.tasks import TASKS
 from unilora_ext.cli.trainer import AdapterTrainer
+from unilora_ext.files import replace_file
 
 if TYPE_CHECKING:
     from unilora_ext.cli.finetune import Rows
