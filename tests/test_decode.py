@@ -1,10 +1,13 @@
 """Evaluation token by token: theta_D is projected again only where theta_d has changed."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unilora_ext as ul
@@ -137,7 +140,8 @@ def test_gradients_inside_an_evaluation_are_not_kept(model, x):
     with torch.no_grad():
         y = model(x)
         assert torch.equal(model(x), y) and calls == [True, True]
-    assert ul.get_adapter(model).vector._kept is None
+    kept = ul.get_adapter(model).vector._kept.made
+    assert [made[2] for made in kept] == [False] and not kept.popitem()[1][0][0].requires_grad
 
 
 def test_copies_moves_and_switches(model, x):
@@ -156,3 +160,112 @@ def test_copies_moves_and_switches(model, x):
         assert torch.equal(model(x), y)
         model.double()
         torch.testing.assert_close(model(x.double()), fresh(model, x))
+
+
+def test_a_hook_that_writes_theta_d_is_seen_in_its_own_forward(model, x):
+    """As one that gives each request a theta_d of its own."""
+    theta_d = ul.get_adapter(model).theta_d
+    first, second = theta_d.detach().clone(), torch.randn_like(theta_d)
+
+    def write(*_):
+        theta_d.data.copy_(second)
+
+    with torch.no_grad():
+        for warm in (False, True):
+            theta_d.data.copy_(first)
+            if warm:
+                model(x)
+            handle = model.register_forward_pre_hook(write)
+            y = model(x)
+            handle.remove()
+            torch.testing.assert_close(y.double(), fresh(model, x), rtol=1e-4, atol=1e-5)
+            theta_d.data.copy_(first)  # what was made of the second is not taken for that of the first
+            assert_fresh(model, x)
+
+
+def test_a_write_between_two_layers_is_not_kept_under_the_old_values(model, x):
+    theta_d = ul.get_adapter(model).theta_d
+    first = theta_d.detach().clone()
+
+    def write(*_):
+        theta_d.data.add_(1)
+
+    with torch.no_grad():
+        handle = model[0].register_forward_hook(write)
+        model(x)
+        handle.remove()
+        assert_fresh(model, x)
+        theta_d.data.copy_(first)
+        assert_fresh(model, x)
+
+
+def test_a_merged_model_keeps_no_projection(model, x):
+    adapter = ul.get_adapter(model)
+    with torch.no_grad():
+        model(x)
+        adapter.merge()
+        model(x)
+    assert adapter.vector._kept is None
+
+
+def test_what_is_kept_is_no_inference_tensor(model, x):
+    with torch.inference_mode():
+        model(x)
+    (made,) = ul.get_adapter(model).vector._kept.made.values()
+    assert not any(factor.is_inference() or factor.requires_grad for pair in made.values() for factor in pair)
+
+
+def test_a_tangent_of_theta_d_is_not_dropped(model, x):
+    """Forward mode is an error with the adapter, not a derivative of zero, after an evaluation too."""
+    theta_d = ul.get_adapter(model).theta_d
+    with torch.no_grad(), forward_ad.dual_level():
+        model(x)
+        dual = forward_ad.make_dual(theta_d.detach(), torch.ones_like(theta_d))
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+            torch.func.functional_call(model, {"unilora.theta_d": dual}, x)
+
+
+def test_threads_with_and_without_gradients(model):
+    """Switching threads at every step: none sees the forward of another end."""
+    inputs = [torch.randn(2, 9, device=model[0].weight.device) for _ in range(6)]
+    expected = [model(x).detach() for x in inputs]
+    failures = []
+
+    def run(k):
+        try:
+            for _ in range(150):
+                with torch.set_grad_enabled(k % 2 == 0):
+                    if not torch.equal(model(inputs[k]).detach(), expected[k]):
+                        failures.append("another result")
+        except Exception as error:
+            failures.append(repr(error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(k,)) for k in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+
+
+def test_generation_gives_the_tokens_of_the_merged_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, intermediate_size=48, **shape)).double().eval()
+    adapter = ul.attach(model, ul.UniLoRAConfig(r=3, d=64, target_modules="all-linear", init_bound=0.5))
+    prompt, generated = torch.randint(3, 50, (2, 5)), []
+
+    def generate():
+        tokens = model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+        generated.append(tokens)
+
+    assert projections(generate) == 1
+    adapter.merge()
+    generate()
+    assert torch.equal(*generated)

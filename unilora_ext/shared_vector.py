@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from unilora_ext import ops
 from unilora_ext.errors import UniLoRAError
@@ -24,6 +25,8 @@ _MODULE_CALL = nn.Module._call_impl.__code__
 
 Factors = tuple[Tensor, Tensor]
 """(A [r, n], B [m, r])"""
+
+_NONE: dict[int, Factors] = {}
 
 
 @dataclass(frozen=True)
@@ -109,21 +112,45 @@ _Place = tuple[torch.device, Reduction | None]
 """What the parts of one projection have in common: the device and the reduction of the gradient."""
 
 
-_Step = dict[tuple[int, torch.device, torch.dtype, bool], Factors]
-"""The factors of one forward by slot, device, dtype and whether gradients are made."""
+_Kind = tuple[torch.device, torch.dtype, bool]
+"""Of factors: device, dtype, and whether they have gradients. A forward may ask for both (reentrant checkpointing)."""
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A step without gradients, and the theta_d [d] that it was made from."""
+@dataclass
+class _Step:
+    """theta_D in one forward of the model.
 
-    theta_d: Tensor
-    step: _Step
+    Attributes:
+        keeps: whether what it makes without gradients may serve the next forward.
+        last: the forward before, if that keeps something.
+        made: the factors by kind, then by slot.
+        values: theta_d [d], of which all that may be kept is made: a copy, taken when a layer asks for the first time
+            (a hook that runs before may write).
+    """
 
-    def holds(self, theta_d: Tensor) -> bool:
-        """Whether theta_d has these values still. By value: a write through ``.data`` leaves no other trace."""
-        same_kind = self.theta_d.device == theta_d.device and self.theta_d.dtype == theta_d.dtype
-        return same_kind and torch.equal(self.theta_d, theta_d)
+    keeps: bool = False
+    last: _Step | None = None
+    made: dict[_Kind, dict[int, Factors]] = field(default_factory=dict)
+    values: Tensor | None = None
+
+    def look_at(self, theta_d: Tensor) -> None:
+        """Takes the values of theta_d. The last forward serves only if all d are what they were, compared one by one:
+        no write can escape that."""
+        if self.values is None:
+            if self.last is not None and _same(self.last.values, theta_d):
+                self.values = self.last.values
+            else:
+                self.last = None  # first: another thread may find the values
+                self.values = _ordinary_copy(theta_d)
+
+    def made_last(self, kind: _Kind) -> dict[int, Factors]:
+        """The factors of this kind that the last forward left, by slot."""
+        return _NONE if self.last is None else self.last.made.get(kind, _NONE)
+
+    def kept(self) -> _Step | None:
+        """What the next forward may use; None: nothing."""
+        made = {kind: factors for kind, factors in list(self.made.items()) if not kind[-1]}
+        return _Step(made=made, values=self.values) if self.keeps and made else None
 
 
 class SharedVector(nn.Module):
@@ -178,14 +205,9 @@ class SharedVector(nn.Module):
         if faking():
             return  # fakes are not kept: each layer projects its own rows
         if self._groups is None:
-            self._groups, self._kept = self._group_by_place(model), None
-        if not self._may_keep(model):
-            self._step, self._kept = {}, None
-        elif self._kept is None or not self._kept.holds(self.theta_d):
-            self._step = {}
-            self._kept = _Kept(self.theta_d.detach().clone(), self._step)
-        else:
-            self._step = self._kept.step
+            self._groups = self._group_by_place(model)
+        last, self._kept = self._kept, None
+        self._step = _Step(keeps=True, last=last) if self._may_keep(model) else _Step()
         call = sys._getframe(1)
         while call is not None and call.f_code is not _MODULE_CALL:
             call = call.f_back
@@ -193,13 +215,18 @@ class SharedVector(nn.Module):
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model, called when its forward raises too."""
+        step = self._step
         self._step = self._call = self._traced = None
+        self._kept = None if step is None else step.kept()
 
     def _may_keep(self, model: nn.Module) -> bool:
-        theta_d = self.theta_d
-        if torch.is_grad_enabled() or model.training or not self.enabled or is_sharded(theta_d) or theta_d.is_meta:
+        """Whether this is an evaluation, and theta_d plain numbers of which nothing is differentiated."""
+        if model.training or torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return False
-        return not (theta_d.is_cuda and torch.cuda.is_current_stream_capturing())  # a comparison would wait for it
+        if type(self.theta_d) not in (Tensor, nn.Parameter) or self.theta_d.is_meta:
+            return False
+        # A CUDA graph that is captured must not compare, nor read what is kept when it is replayed.
+        return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
     def factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors of one layer (of this process's part of it), differentiable in theta_d."""
@@ -207,27 +234,32 @@ class SharedVector(nn.Module):
             return self._traced_factors(slot_id, device, dtype)
         if (asked := self.asked) is not None:
             asked.add(slot_id)
-        if self._step is not None and self._is_running():
-            # Under no_grad and outside it (reentrant checkpointing does both in one forward): one theta_D each.
-            factors = self._step.get((slot_id, device, dtype, torch.is_grad_enabled()))
-            return self._project_step(slot_id, device, dtype) if factors is None else factors
+        step, kind = self._step, (device, dtype, torch.is_grad_enabled())
+        if step is not None and self._is_running():
+            found = step.made.get(kind, _NONE).get(slot_id)
+            if found is not None or (found := self._project_together(step, slot_id, kind)) is not None:
+                return found
         if ops.graph_is_traced():
             return self._traced_factors(slot_id, device, dtype)
         return self.fresh_factors(slot_id, device, dtype, self.parts[slot_id])
 
-    def _project_step(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
-        """:meth:`factors` where no layer of the device has asked yet in this forward: projects for all of them."""
-        part, grad = self.parts[slot_id], torch.is_grad_enabled()
-        place = device, part.reduction
-        group = None if self._groups is None else self._groups.get(place)
+    def _project_together(self, step: _Step, slot_id: int, kind: _Kind) -> Factors | None:
+        """The factors of a layer, made with those of all layers of its place; None: it was not there before."""
+        device, dtype, with_gradients = kind
+        place = device, self.parts[slot_id].reduction
+        group = None if (groups := self._groups) is None else groups.get(place)
         if group is None or slot_id not in group.parts:
             self._groups = None  # the layer has moved to another device: look again at the next forward
-            return self.fresh_factors(slot_id, device, dtype, part)
-        for each, factors in self._project(group, place, dtype).items():
-            self._step[each, device, dtype, grad] = factors
-        if grad:
-            self._kept = None  # they hold on to a graph
-        return self._step[slot_id, device, dtype, grad]
+            return None
+        if step.keeps and not with_gradients:
+            step.look_at(self.theta_d)
+            factors = step.made_last(kind)
+            if slot_id not in factors:
+                factors = _ordinary_projected(step.values, group, place, dtype)
+        else:
+            factors = _projected(self._theta_d(), group, place, dtype)
+        step.made.setdefault(kind, {}).update(factors)
+        return factors[slot_id]
 
     def fresh_factors(
         self, slot_id: int, device: torch.device, dtype: torch.dtype, part: Part | None = None
@@ -237,16 +269,7 @@ class SharedVector(nn.Module):
         if ops.graph_is_traced():
             return self._trace({slot_id: part}, part.reduction, device, dtype)[slot_id]
         group = _Group({slot_id: part}, self.projection.rows(device, part.ranges))
-        return self._project(group, (device, part.reduction), dtype)[slot_id]
-
-    def _project(self, group: _Group, place: _Place, dtype: torch.dtype) -> dict[int, Factors]:
-        device, reduction = place
-        theta_d = self._theta_d().to(device)
-        if reduction is not None:
-            theta_d = reduction(theta_d)
-        shapes = [shape for part in group.parts.values() for shape in part.shapes]
-        factors = ops.project_factors(theta_d, group.rows, shapes, dtype)
-        return _by_slot(group.parts, factors)
+        return _projected(self._theta_d(), group, (device, part.reduction), dtype)[slot_id]
 
     def _traced_factors(self, slot_id: int, device: torch.device, dtype: torch.dtype) -> Factors:
         """:meth:`factors` in a graph that torch.compile or torch.export traces. Where the graph is that of the whole
@@ -318,7 +341,7 @@ class SharedVector(nn.Module):
     def _forget(self) -> None:
         self._step: _Step | None = None  # while the model's forward runs
         self._call: FrameType | None = None  # of the model, meanwhile
-        self._kept: _Kept | None = None
+        self._kept: _Step | None = None  # between two
         self._groups: dict[_Place, _Group] | None = None
         self._traced: dict[Reduction | None, dict[int, Factors]] | None = None  # while the model's forward is traced
 
@@ -345,6 +368,32 @@ class SharedVector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
+
+
+def _projected(theta_d: Tensor, group: _Group, place: _Place, dtype: torch.dtype) -> dict[int, Factors]:
+    device, reduction = place
+    theta_d = theta_d.to(device)
+    if reduction is not None:
+        theta_d = reduction(theta_d)
+    shapes = [shape for part in group.parts.values() for shape in part.shapes]
+    return _by_slot(group.parts, ops.project_factors(theta_d, group.rows, shapes, dtype))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _ordinary_projected(theta_d: Tensor, group: _Group, place: _Place, dtype: torch.dtype) -> dict[int, Factors]:
+    """:func:`_projected` without gradients; in inference mode too, ordinary tensors that may outlive it."""
+    return _projected(theta_d, group, place, dtype)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _ordinary_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _by_slot(parts: dict[int, Part], factors: Sequence[Tensor]) -> dict[int, Factors]:
