@@ -4,6 +4,7 @@ called after all in torch's own encoder."""
 import copy
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,10 @@ READERS = {
 }
 
 
+READ_BY_KERNELS = {"Mamba": ["x_proj", "out_proj"], "FalconMamba": ["x_proj", "out_proj"]}
+"""In training on a GPU with mamba_ssm."""
+
+
 def output(model, inputs):
     return model(**inputs).last_hidden_state
 
@@ -98,7 +103,7 @@ def test_all_linear_leaves_known_readers_out(kind, warnings):
     model.double()
     inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     adapter = ul.attach(model, ul.UniLoRAConfig(r=2, d=64, target_modules="all-linear", init_bound=0.3))
-    readers = set(read_layers(model, children))
+    readers = set(read_layers(model, children + READ_BY_KERNELS.get(kind, [])))
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert readers and set(adapter.layers) == linear - readers
 
@@ -124,6 +129,47 @@ def test_layers_of_known_readers_are_never_called(kind):
         module.register_forward_hook(lambda *_, name=name: called.append(name))
     output(model.train(), inputs).square().sum().backward()
     assert not called and all(module.weight.grad is not None for module in read_layers(model, children).values())
+
+
+@pytest.mark.parametrize("kind", READ_BY_KERNELS)
+def test_layers_that_fused_kernels_read_are_refused(kind, monkeypatch):
+    """In training they are read, as a stand-in for the kernel shows, and in evaluation called."""
+    model = READERS[kind][0]()[0]
+    children = READ_BY_KERNELS[kind]
+    for child in children:
+        with pytest.raises(ul.AttachError, match=rf"{child}' .* in training with fused kernels, reads its weight"):
+            ul.attach(model, ul.UniLoRAConfig(r=1, d=8, target_modules=[child]))
+
+    def kernel(xz, *args, **kwargs):
+        read = [weight for weight in args if weight is not None]
+        assert all(any(t is module.weight for t in read) for module in read_layers(mixer, children).values())
+        return xz.new_zeros(len(xz), xz.shape[2], mixer.out_proj.out_features)
+
+    called, mixer = set(), next(m for m in model.modules() if hasattr(m, "x_proj"))
+    for name, module in read_layers(mixer, children).items():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    monkeypatch.setattr(sys.modules[type(mixer).__module__], "mamba_inner_fn", kernel)
+    x = torch.randn(2, 5, mixer.in_proj.in_features)
+    mixer.train()(x)
+    assert not called
+    mixer.eval()(x)
+    assert called == set(children)
+
+
+def test_every_layer_that_fused_kernels_read_is_known():
+    """The classes of the installed version that give a kernel the weight of a layer in training."""
+    import transformers
+
+    from unilora_ext.uncalled import _READ_BY_KERNELS
+
+    found = {}
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        text = path.read_text("utf-8")
+        for name, body in re.findall(r"^class (\w+)\(.*?\):\n((?:[ #].*\n|\n)*)", text, re.MULTILINE):
+            layers = re.findall(r"^ +(?:outproj_weight=)?self\.(out_proj|x_proj)\.weight,$", body, re.MULTILINE)
+            if layers and "mamba" in body:
+                found[name] = tuple(sorted(set(layers)))
+    assert found == _READ_BY_KERNELS
 
 
 def test_every_known_reader_is_in_transformers():

@@ -42,15 +42,33 @@ _READ_IN_TRANSFORMERS = {
 }
 """Modules of Transformers, by class, and the linear children whose weight they read."""
 
+_READ_BY_KERNELS = {
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "FalconMambaMixer": ("out_proj", "x_proj"),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "MambaMixer": ("out_proj", "x_proj"),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+}
+"""The same, where the fused kernels of ``mamba_ssm`` are installed, in training: without them and in evaluation the
+layers are called, so that what acts then was never trained."""
+
 _CALL_WHEN_QUANTISED = {"FalconMambaMixer", "JambaMambaMixer"}
 
 
 def reads_weight(parent: nn.Module | None, child: str) -> str | None:
-    """The class of `parent` that reads the weight of its layer `child` instead of calling it; None: not known to."""
+    """The class of `parent` that reads the weight of its layer `child` instead of calling it, and when if not always;
+    None: not known to."""
     if isinstance(parent, nn.MultiheadAttention):
         return "torch.nn.MultiheadAttention"
     for cls in type(parent).__mro__:
-        if cls.__module__.startswith("transformers.") and child in _READ_IN_TRANSFORMERS.get(cls.__name__, ()):
+        if not cls.__module__.startswith("transformers."):
+            continue
+        if child in _READ_BY_KERNELS.get(cls.__name__, ()):
+            return f"{cls.__name__}, in training with fused kernels,"
+        if child in _READ_IN_TRANSFORMERS.get(cls.__name__, ()):
             quantised = hasattr(getattr(parent, "config", None), "_is_quantized")
             return None if quantised and cls.__name__ in _CALL_WHEN_QUANTISED else cls.__name__
     return None
