@@ -92,6 +92,7 @@ def __getattr__(name: str) -> Any:
     else:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     globals()[name] = value  # the next use is an ordinary look-up
+    _register_operators()
     return value
 
 
@@ -99,5 +100,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "torch" in sys.modules:
-    importlib.import_module("unilora_ext.ops")
+def _register_operators() -> None:
+    if "torch" in sys.modules:
+        importlib.import_module("unilora_ext.ops")
+
+
+_register_operators()
