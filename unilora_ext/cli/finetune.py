@@ -112,10 +112,11 @@ def run(settings: Settings, resumed: dict[str, Any] | None = None, overwrite: bo
         with distributed.together():
             task, rows = prepare(settings, read)
             facts["base_sha256"] = task.base_sha256
-            if resumed is not None and resumed.get("base_sha256") != task.base_sha256:
+            begun_with = task.base_sha256 if resumed is None else str(resumed.get("base_sha256"))
+            if begun_with != task.base_sha256:
                 raise CliError(
                     f"--resume {output}: expected the frozen weights the run began with, got others in "
-                    f"{settings.model} (SHA-256 {task.base_sha256[:16]}..., not {str(resumed.get('base_sha256'))[:16]}...)"
+                    f"{settings.model} (SHA-256 {task.base_sha256[:16]}..., not {begun_with[:16]}...)"
                 )
         try:
             with distributed.together():
