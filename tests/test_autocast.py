@@ -29,7 +29,7 @@ def autocast(device, dtype):
 
 
 @pytest.mark.parametrize("size", [1, 8, 300])
-def test_a_backward_inside_autocast_does_not_touch_foreign_memory(size):
+def test_a_backward_inside_autocast_does_not_touch_foreign_memory(tmp_path, size):
     """In a process of its own, which a write beyond a tensor ends."""
     code = f"""
 import torch, unilora_ext as ul
@@ -43,7 +43,7 @@ for dtype in (torch.bfloat16, torch.float16):
     assert all(g.dtype == torch.float32 for g in grads)
 print("whole")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "whole\n", done.stderr[-2000:]
 
 

@@ -29,7 +29,7 @@ def adapter(tmp_path_factory):
 def inspect(adapter, path, **options):
     """In a process of its own, so that standard output is a real one."""
     command = [sys.executable, "-m", "unilora_ext", "inspect", str(adapter), "--json", str(path)]
-    return subprocess.run(command, capture_output="stdout" not in options, text=True, **options)
+    return subprocess.run(command, cwd=adapter, capture_output="stdout" not in options, text=True, **options)
 
 
 def test_a_fifo_is_written_through(adapter, tmp_path):

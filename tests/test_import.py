@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tempfile
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,8 @@ COMMANDS = ["finetune", "evaluate", "predict", "generate", "inspect", "merge", "
 
 def python(program):
     """What a program prints in a process of its own."""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:  # not the sources: the package that is installed
+        result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

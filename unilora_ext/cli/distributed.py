@@ -111,7 +111,9 @@ def together() -> Iterator[None]:
     if first is None:
         return
     number, status, text = first
-    if not is_first():
+    silent = not is_first()
+    leave()  # together too: a process whose connection breaks while it ends may be aborted
+    if silent:
         raise AgreedError(status)
     if mine is not None:
         raise mine
