@@ -60,6 +60,7 @@ def _step(model: nn.Module, kind: str, x: torch.Tensor, grad: torch.Tensor) -> C
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     layer = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "linear")
     if kind == "unilora_ext":
+        model(x)  # the first forward watches which layers ask for their factors
         factors = tuple(f.detach().requires_grad_() for f in layer.lora_factors())
         wanted, model.unilora.factors = [x, *factors], lambda *of: factors
     return lambda: torch.autograd.grad(layer(x), wanted, grad)

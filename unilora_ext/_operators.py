@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKeySet, _after_autograd_keyset, _AutoDispatchBelowAutograd
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 import unilora_ext._native  # noqa: F401  registers the operators
 
@@ -232,6 +232,8 @@ def _register_derivative(name: str, backward: Callable[..., Any], save: Callable
 
     def kernel(keyset, *args):
         args = (*args, *defaults[len(args) :])
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            return below_autograd(operator, keyset, *args)
         lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in args]
         flat = [v for n, value in zip(lengths, args, strict=True) for v in ([value] if n is None else value)]
         return Derivative.apply(keyset, lengths, *flat)

@@ -93,11 +93,17 @@ inline Tensor rows_of(const Tensor& t, int64_t N, int64_t last) {
   return rows.dim() == 2 ? rows : torch::stable::view(rows, {N, last});
 }
 
-// A kernel writes into what ATen made, which must be what was asked for.
-inline void check_product(const char* op, const char* product, const Tensor& t, const Tensor& rows, int64_t last) {
-  check_dtype(op, product, t, rows.scalar_type());
-  check_shape(op, product, t, {rows.size(0), last});
-  if (!t.is_contiguous()) fail(op, product, ": expected a contiguous result");
+// A kernel writes into what ATen made, which must be what was asked for: N rows of `last` columns.
+inline void check_product(const char* op, const char* product, const Tensor& t, ScalarType dtype, int64_t N,
+                          int64_t last) {
+  check_dtype(op, product, t, dtype);
+  if (t.numel() != N * last || !t.is_contiguous())
+    fail(op, product, ": expected a contiguous result of ", N, " rows and ", last, " columns, got ", shape_of(t));
+}
+
+inline std::vector<int64_t> beside(std::vector<int64_t> leading, int64_t last) {
+  leading.push_back(last);
+  return leading;
 }
 
 template <typename Kernels>
@@ -111,9 +117,9 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     check_same_device(op, "bias", *bias, "x", x);
     check_memory(op, "bias", *bias);
   }
-  const Tensor rows = rows_of(x, s.N, s.n);
+  const Tensor rows = dense(x);
   const Tensor a = dense(A), b = dense(B);
-  const Tensor h = torch::stable::new_empty(rows, {s.N, s.r}, accumulator_dtype(x.scalar_type()));
+  const Tensor h = torch::stable::new_empty(rows, beside(s.leading, s.r), accumulator_dtype(x.scalar_type()));
   Tensor y;
   Kernels kernels(rows);
   dispatch_floating(x.scalar_type(), [&](auto tag) {
@@ -122,11 +128,11 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     // Around the dense product: it finds x in the cache, and the update finds y there.
     kernels.dot(const_data<T>(rows), s.N, s.n, const_data<T>(a), FactorLayout::kRankMajor, s.r, data<Acc>(h));
     y = call_linear(rows, weight, bias);
-    check_product(op, "aten::linear", y, rows, s.m);
+    check_product(op, "aten::linear", y, rows.scalar_type(), s.N, s.m);
     kernels.rank_update(data<T>(y), s.N, s.m, const_data<Acc>(h), s.r, const_data<T>(b), FactorLayout::kRankMinor,
                         scaling);
   });
-  return {with_leading(y, s.leading, s.m), with_leading(h, s.leading, s.r)};
+  return {y, h};
 }
 
 template <typename Kernels>
@@ -205,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
       grad_x = torch::stable::new_empty(dy, {0});
     } else if (weight.has_value()) {
       grad_x = torch::stable::matmul(dy, *weight);
-      check_product(op, "aten::matmul", grad_x, dy, s.n);
+      check_product(op, "aten::matmul", grad_x, dy.scalar_type(), s.N, s.n);
     } else {
       grad_x = torch::stable::new_zeros(dy, {s.N, s.n});
     }
