@@ -100,8 +100,8 @@ def test_forces_in_a_potential(device, kind):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_gradient_penalty_with_dropout_and_a_second_loss(device):
-    """One graph serves a loss and a penalty on its gradient with respect to theta_d itself."""
+def test_a_penalty_on_the_gradient_of_theta_d(device):
+    """Against the slope of the penalty, one number of theta_d at a time."""
     model = potential("fused").to(device)
     adapter = ul.attach(model, ul.UniLoRAConfig(r=2, d=7, init_bound=0.5))
     x, theta_d = torch.randn(4, 3, dtype=torch.float64, device=device), adapter.theta_d
