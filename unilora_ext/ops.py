@@ -1,7 +1,8 @@
 """The operators of namespace ``unilora`` as differentiable functions.
 
 ``reference.py`` holds an oracle of every operator under the same name. While ``torch.compile`` or ``torch.export``
-traces, each function becomes the operator itself, whose shapes and derivatives ``_operators.py`` registers.
+traces, each function becomes the operator itself, whose shapes and derivatives ``_operators.py`` and
+``_lora_linear.py`` register.
 """
 
 from __future__ import annotations
