@@ -2,22 +2,21 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(unilora, m) {
-  // Index generation (projection/projection.h): fills index[k] with the column of position start + k.
-  m.def("fill_uniform_index(Tensor(a!) index, int d, int seed, int start) -> ()");
-  m.def("fill_balanced_index(Tensor(a!) index, int version, int D, int d, int seed, int start) -> ()");
+  // Index generation (projection/projection.h): fills index[k] with the column of position start + k of D. `algorithm`,
+  // here and below: "uniform" or "balanced", and its version.
+  m.def("fill_index(Tensor(a!) index, str algorithm, int version, int D, int d, int seed, int start) -> ()");
 
-  // theta_D[i] = theta_d[index[i]] * scale[index[i]], in `dtype`. order and offsets are for the derivative on CUDA.
+  // theta_D[i] = theta_d[index[i]] * scale[index[i]] * value[i], in `dtype`; no value: 1.
+  m.def("project(Tensor theta_d, Tensor scale, Tensor index, Tensor? value, ScalarType dtype) -> Tensor");
+  // grad_theta_d[j] = scale[j] * sum of value[i] grad_theta_D[i] over column j; sums and result in the dtype of scale.
+  // By one pass over theta_D (CPU), whose gradient may come in pieces that lie end to end, as the layers make them; or
+  // by one over each column's members, listed in ascending order (CUDA).
+  m.def("project_scatter(Tensor[] grad_theta_D, Tensor scale, Tensor index, Tensor? value) -> Tensor");
   m.def(
-      "project(Tensor theta_d, Tensor scale, Tensor index, ScalarType dtype, Tensor? order=None, "
-      "Tensor? offsets=None) -> Tensor");
-  // grad_theta_d[j] = scale[j] * sum of grad_theta_D over column j; sums and result in the dtype of scale. By one pass
-  // over theta_D (CPU), whose gradient may come in pieces that lie end to end, as the layers make them; or by one over
-  // each column's members, listed in ascending order (CUDA).
-  m.def("project_scatter(Tensor[] grad_theta_D, Tensor scale, Tensor index) -> Tensor");
-  m.def("project_segment_sum(Tensor grad_theta_D, Tensor scale, Tensor order, Tensor offsets) -> Tensor");
+      "project_segment_sum(Tensor grad_theta_D, Tensor scale, Tensor order, Tensor offsets, Tensor? value) -> Tensor");
 
-  // The same with the index computed on the way (CPU). `algorithm`: "uniform" or "balanced", and its version, of D
-  // rows; `ranges`: (start, stop) pairs of the rows that theta_D holds, one after the other.
+  // The same with the index computed on the way (CPU), without values. `ranges`: (start, stop) pairs of the rows, of D,
+  // that theta_D holds, one after the other.
   m.def(
       "project_seeded(Tensor theta_d, Tensor scale, str algorithm, int version, int D, int seed, int[] ranges, "
       "ScalarType dtype) -> Tensor");

@@ -130,11 +130,11 @@ def test_forward_mode_of_a_projection_is_an_error(device, form):
     P = ul.UniformProjection(D, d, seed=3)
     scale, seeded = P.scale.to(device), ("uniform", 1, D, 3, [0, D])
     index, order, offsets = P.index.to(device), *(t.to(device) for t in P.rows("cpu").members())
-    vector = torch.randn(d if form in ("project", "seeded") else D, device=device)
+    vector, value = torch.randn(d if form in ("project", "seeded") else D, device=device), torch.rand(D, device=device)
     calls = {
-        "project": lambda v: operators.project(v, scale, index, torch.float32),
-        "project_scatter": lambda v: operators.project_scatter([v[:7], v[7:]], scale, index),
-        "project_segment_sum": lambda v: operators.project_segment_sum(v, scale, order, offsets),
+        "project": lambda v: operators.project(v, scale, index, value, torch.float32),
+        "project_scatter": lambda v: operators.project_scatter([v[:7], v[7:]], scale, index, value),
+        "project_segment_sum": lambda v: operators.project_segment_sum(v, scale, order, offsets, value),
         "seeded": lambda v: operators.project_seeded(v, scale, *seeded, torch.float32),
         "seeded_scatter": lambda v: operators.project_seeded_scatter([v], scale, *seeded),
     }

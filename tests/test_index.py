@@ -32,13 +32,13 @@ def test_philox_known_answers(counter, key, expected):
 
 def uniform(d, seed, start, stop, device="cpu"):
     index = torch.empty(stop - start, dtype=torch.int32, device=device)
-    ops.fill_uniform_index(index, d, seed, start)
+    ops.fill_index(index, "uniform", 1, 1, d, seed, start)  # of any positions: D bounds nothing
     return index.cpu().numpy()
 
 
 def balanced(version, D, d, seed, start, stop, device="cpu"):
     index = torch.empty(stop - start, dtype=torch.int32, device=device)
-    ops.fill_balanced_index(index, version, D, d, seed, start)
+    ops.fill_index(index, "balanced", version, D, d, seed, start)
     return index.cpu().numpy()
 
 
@@ -188,16 +188,30 @@ def test_positions_move_far_under_balanced():
 def test_wrong_arguments_are_named():
     index = torch.empty(4, dtype=torch.int32)
     cases = [
-        (lambda: ops.fill_uniform_index(index.long(), 3, 0, 0), "index: expected dtype Int, got Long"),
-        (lambda: ops.fill_uniform_index(index, 0, 0, 0), r"d: expected a value in \[1, "),
-        (lambda: ops.fill_uniform_index(index, 3, -1, 0), r"seed: expected a value in \[0, "),
-        (lambda: ops.fill_uniform_index(index[::2], 3, 0, 0), "index: expected a contiguous tensor"),
+        (dict(index=index.long()), "index: expected dtype Int, got Long"),
+        (dict(index=index[::2]), "index: expected a contiguous tensor"),
+        (dict(algorithm="peft"), "algorithm: expected 'uniform' or 'balanced', got 'peft'"),
+        (dict(version=0), r"version: expected a value in \[1, 2\], got 0"),
+        (dict(version=3), r"version: expected a value in \[1, 2\], got 3"),
+        (dict(algorithm="uniform", version=2), r"version: expected a value in \[1, 1\], got 2"),
+        (dict(algorithm="uniform", version=1, D=0), r"D: expected a value in \[1, "),
+        (dict(algorithm="uniform", version=1, start=-1), r"start: expected a value in \[0, "),
         (
-            lambda: ops.fill_balanced_index(index, 2, 5, 3, 0, 2),
-            r"start \+ len\(index\): expected a value in \[0, 5\], got 6",
+            dict(algorithm="uniform", version=1, start=2**63 - 4),
+            rf"start: expected a value in \[0, {2**63 - 5}\], got {2**63 - 4}",
         ),
-        (lambda: ops.fill_balanced_index(index, 3, 5, 3, 0, 0), r"version: expected a value in \[1, 2\], got 3"),
+        (dict(D=2**31), r"D: expected a value in \[1, "),
+        (dict(d=0), r"d: expected a value in \[1, "),
+        (dict(d=2**31), r"d: expected a value in \[1, "),
+        (dict(seed=-1), r"seed: expected a value in \[0, "),
+        (dict(start=-1), r"start: expected a value in \[0, 5\], got -1"),
+        (dict(start=2**63 - 1), rf"start: expected a value in \[0, 5\], got {2**63 - 1}"),
+        (dict(start=2), r"start \+ len\(index\): expected a value in \[0, 5\], got 6"),
     ]
-    for call, message in cases:
-        with pytest.raises(RuntimeError, match=message):
-            call()
+    good = dict(index=index, algorithm="balanced", version=2, D=5, d=3, seed=0, start=1)
+    ops.fill_index(**good)
+    before = index.clone()
+    for change, message in cases:
+        with pytest.raises(RuntimeError, match="unilora::fill_index: " + message):
+            ops.fill_index(**{**good, **change})
+    assert torch.equal(index, before)

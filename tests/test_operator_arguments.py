@@ -21,10 +21,11 @@ def calls():
     theta_d, scale, index, g_D = torch.randn(6), torch.rand(6), torch.arange(6, dtype=torch.int32), torch.randn(6)
     seeded = dict(algorithm="uniform", version=1, D=6, seed=0, ranges=[0, 6])
     return {
-        "fill_uniform_index": dict(index=index, d=3, seed=0, start=0),
-        "fill_balanced_index": dict(index=index, version=2, D=9, d=3, seed=0, start=0),
-        "project": dict(theta_d=theta_d, scale=scale, index=index, dtype=torch.float32),
-        "project_scatter": dict(grad_theta_D=[g_D[:2], g_D[2:].clone()], scale=scale, index=index),
+        "fill_index": dict(index=index, algorithm="balanced", version=2, D=9, d=3, seed=0, start=0),
+        "project": dict(theta_d=theta_d, scale=scale, index=index, value=torch.randn(6), dtype=torch.float32),
+        "project_scatter": dict(
+            grad_theta_D=[g_D[:2], g_D[2:].clone()], scale=scale, index=index, value=torch.randn(6)
+        ),
         "project_seeded": dict(theta_d=theta_d, scale=scale, **seeded, dtype=torch.float32),
         "project_seeded_scatter": dict(grad_theta_D=[g_D], scale=scale, **seeded),
         "lora_linear": dict(x=x, weight=weight, bias=torch.randn(4), A=A, B=B, scaling=1.0),
@@ -123,8 +124,8 @@ def check_an_index_that_changes():
     try:
         for _ in range(300):
             for call in (
-                lambda: ops.project(theta_d, scale, index, torch.float32),
-                lambda: ops.project_scatter([g_D], scale, index),
+                lambda: ops.project(theta_d, scale, index, None, torch.float32),
+                lambda: ops.project_scatter([g_D], scale, index, None),
             ):
                 try:
                     assert call().isfinite().all()

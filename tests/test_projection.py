@@ -233,11 +233,14 @@ def arguments(device, dtype=torch.float64, requires_grad=True):
     scale = torch.rand(d, device=device, dtype=dtype)
     theta_d = torch.randn(d, dtype=dtype, device=device, requires_grad=requires_grad)
     g_D = torch.randn(D, dtype=dtype, device=device, requires_grad=requires_grad)
-    yield ops.project, theta_d, (scale, rows.index, dtype)
+    for value in (None, torch.randn(D, dtype=dtype, device=device)):
+        yield ops.project, theta_d, (scale, rows.index, value, dtype)
+        if device.type == "cuda":
+            yield ops.project_segment_sum, g_D, (scale, *rows.members(), value)
+        else:
+            yield in_pieces(ops.project_scatter), g_D, (scale, rows.index, value)
     if device.type == "cuda":
-        yield ops.project_segment_sum, g_D, (scale, *rows.members())
         return
-    yield in_pieces(ops.project_scatter), g_D, (scale, rows.index)
     for algorithm, version in (("uniform", 1), ("balanced", 1), ("balanced", 2)):
         yield ops.project_seeded, theta_d, (scale, algorithm, version, 100, 5, [3, 40, 50, 74], dtype)
         yield in_pieces(ops.project_seeded_scatter), g_D, (scale, algorithm, version, 100, 5, [3, 40, 50, 74])
@@ -252,8 +255,8 @@ def test_opcheck(device, requires_grad):
             pieces = [piece.detach().requires_grad_(requires_grad) for piece in cut(value)]
             torch.library.opcheck(operator.of, (pieces, *rest))
     index = torch.zeros(97, dtype=torch.int32, device=device)
-    torch.library.opcheck(ops.fill_uniform_index, (index, 11, 1, 3))
-    torch.library.opcheck(ops.fill_balanced_index, (index, 2, 200, 11, 1, 3))
+    for algorithm, version in (("uniform", 1), ("balanced", 2)):
+        torch.library.opcheck(ops.fill_index, (index, algorithm, version, 200, 11, 1, 3))
 
 
 def test_operators_differentiate_when_called_directly(device):
@@ -261,37 +264,136 @@ def test_operators_differentiate_when_called_directly(device):
         assert torch.autograd.gradcheck(lambda v, operator=operator, rest=rest: operator(v, *rest), value), operator
 
 
+def with_values(device, D, d, acc):
+    """theta_d, scale, index and value, in the dtype of sums `acc`."""
+    theta_d, scale = torch.randn(d, dtype=acc, device=device), torch.rand(d, dtype=acc, device=device)
+    index = torch.randint(0, d, (D,), dtype=torch.int32, device=device)
+    return theta_d, scale, index, torch.randn(D, dtype=acc, device=device)
+
+
+@pytest.mark.parametrize(("D", "d"), [(0, 3), *SIZES])
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("acc", [torch.float32, torch.float64])
+def test_project_with_values(device, threads, D, d, dtype, acc):
+    """theta_D[i] = T((theta_d[j] scale[j]) value[i]), to the bit, as PyTorch rounds; ones change nothing."""
+    theta_d, scale, index, value = with_values(device, D, d, acc)
+    for count in (1, 2):
+        threads(count)
+        expected = ((theta_d * scale)[index.long()] * value).to(dtype)
+        assert torch.equal(ops.project(theta_d, scale, index, value, dtype), expected)
+        strided = torch.stack([value, value])
+        assert torch.equal(ops.project(theta_d, scale, index, strided.t()[:, 0], dtype), expected)
+        plain = ops.project(theta_d, scale, index, None, dtype)
+        assert torch.equal(ops.project(theta_d, scale, index, torch.ones_like(value), dtype), plain)
+
+
+def transposes(device, scale, index, d):
+    """The transpose operators of a device, as functions of g_D and the values."""
+    if device.type == "cuda":
+        columns, order = torch.sort(index, stable=True)
+        offsets = torch.searchsorted(columns, torch.arange(d + 1, dtype=torch.int32, device=device)).int()
+        return [lambda g_D, value: ops.project_segment_sum(g_D, scale, order.int(), offsets, value)]
+    return [
+        lambda g_D, value: ops.project_scatter([g_D], scale, index, value),
+        lambda g_D, value: ops.project_scatter(list(g_D.tensor_split([3, 3, 20])), scale, index, value),
+    ]
+
+
+@pytest.mark.parametrize(("D", "d"), [(0, 3), *SIZES])
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("acc", [torch.float32, torch.float64])
+def test_transpose_with_values(device, threads, D, d, dtype, acc):
+    _, scale, index, value = with_values(device, D, d, acc)
+    g_D, results = torch.randn(D, device=device).to(dtype), []
+    for count in (1, 2):
+        threads(count)
+        for transpose in transposes(device, scale, index, d):
+            results.append(transpose(g_D, value))
+            assert torch.equal(transpose(g_D, torch.ones_like(value)), transpose(g_D, None))
+    assert all(torch.equal(g_d, results[0]) for g_d in results)
+    members = torch.bincount(index.long(), minlength=d)
+    expected = reference.project_transpose(g_D, scale, index, value)
+    bound = reference.project_transpose(g_D.abs(), scale, index, value.abs()) * (members + 3) * EPS[acc]
+    assert results[0].dtype == acc and ((results[0].double() - expected).abs() <= bound).all()
+
+
+def test_there_is_no_derivative_of_values(device):
+    theta_d, scale, index, value = with_values(device, 20, 5, torch.float32)
+    g_D = torch.randn(20, device=device, requires_grad=True)
+    value.requires_grad_()
+    for call in (
+        lambda: ops.project(theta_d.requires_grad_(), scale, index, value, torch.float32),
+        *(lambda transpose=transpose: transpose(g_D, value) for transpose in transposes(device, scale, index, 5)),
+    ):
+        with pytest.raises(RuntimeError, match="value: expected a tensor that requires no gradient"):
+            call()
+        with torch.no_grad():
+            call()
+
+
 def test_wrong_arguments_are_named(device):
     d = 5
     theta_d, scale = torch.randn(d, device=device), torch.rand(d, device=device)
     index = torch.arange(d, dtype=torch.int32, device=device)
     cases = [
-        (lambda: ops.project(theta_d.int(), scale, index, torch.float32), "theta_d: expected dtype Float, got Int"),
-        (lambda: ops.project(theta_d, scale[1:], index, torch.float32), r"scale: expected shape \[5\], got \[4\]"),
-        (lambda: ops.project(theta_d, scale.double(), index, torch.float32), "scale: expected dtype Float, got Double"),
-        (lambda: ops.project(theta_d, scale, index.long(), torch.float32), "index: expected dtype Int, got Long"),
         (
-            lambda: ops.project(theta_d, scale, index, torch.int32),
+            lambda: ops.project(theta_d.int(), scale, index, None, torch.float32),
+            "theta_d: expected dtype Float, got Int",
+        ),
+        (
+            lambda: ops.project(theta_d, scale[1:], index, None, torch.float32),
+            r"scale: expected shape \[5\], got \[4\]",
+        ),
+        (
+            lambda: ops.project(theta_d, scale.double(), index, None, torch.float32),
+            "scale: expected dtype Float, got Double",
+        ),
+        (lambda: ops.project(theta_d, scale, index.long(), None, torch.float32), "index: expected dtype Int, got Long"),
+        (
+            lambda: ops.project(theta_d, scale, index, None, torch.int32),
             "dtype: expected dtype Float, Double, Half or BFloat16",
         ),
     ]
+    for value, message in (
+        (scale[1:], r"value: expected shape \[5\], got \[4\]"),
+        (scale[:, None], r"value: expected shape \[5\], got \[5, 1\]"),
+        (scale.double(), "value: expected dtype Float, got Double"),
+        (scale.half(), "value: expected dtype Float, got Half"),
+    ):
+        cases.append((lambda value=value: ops.project(theta_d, scale, index, value, torch.float32), message))
+        cases += [
+            (lambda value=value, transpose=transpose: transpose(theta_d, value), message)
+            for transpose in transposes(device, scale, index, d)[:1]
+        ]
     if device.type == "cuda":  # there, an index out of range stops the kernel, as in PyTorch's own
         cases += [
-            (lambda: ops.project_segment_sum(theta_d, scale, index[1:], index), r"order: expected shape \[5\], got"),
             (
-                lambda: ops.project_segment_sum(theta_d, scale, index, index),
+                lambda: ops.project_segment_sum(theta_d, scale, index[1:], index, None),
+                r"order: expected shape \[5\], got",
+            ),
+            (
+                lambda: ops.project_segment_sum(theta_d, scale, index, index, None),
                 r"offsets: expected shape \[6\], got \[5\]",
             ),
         ]
     else:
         cases += [
-            (lambda: ops.project(theta_d, scale, index + 1, torch.float32), r"index: expected values in \[0, 5\)"),
-            (lambda: ops.project(theta_d, scale, index - 1, torch.float32), r"index: expected values in \[0, 5\)"),
-            (lambda: ops.project_scatter([theta_d], scale, index + 1), r"index: expected values in \[0, 5\)"),
-            (lambda: ops.project_scatter([theta_d], scale, index[1:]), r"index: expected shape \[5\], got \[4\]"),
-            (lambda: ops.project_scatter([], scale, index), "number of tensors in grad_theta_D: expected a value in"),
             (
-                lambda: ops.project_scatter([theta_d[:2], theta_d[2:].double()], scale, index),
+                lambda: ops.project(theta_d, scale, index + 1, None, torch.float32),
+                r"index: expected values in \[0, 5\)",
+            ),
+            (
+                lambda: ops.project(theta_d, scale, index - 1, None, torch.float32),
+                r"index: expected values in \[0, 5\)",
+            ),
+            (lambda: ops.project_scatter([theta_d], scale, index + 1, None), r"index: expected values in \[0, 5\)"),
+            (lambda: ops.project_scatter([theta_d], scale, index[1:], None), r"index: expected shape \[5\], got \[4\]"),
+            (
+                lambda: ops.project_scatter([], scale, index, None),
+                "number of tensors in grad_theta_D: expected a value in",
+            ),
+            (
+                lambda: ops.project_scatter([theta_d[:2], theta_d[2:].double()], scale, index, None),
                 "grad_theta_D: expected dtype Float, got Double",
             ),
             (

@@ -55,34 +55,38 @@ def _expect(op: str, argument: str, good: bool, expected: str, got: object) -> N
         raise RuntimeError(f"unilora::{op}: {argument}: expected {expected}, got {got}")
 
 
-@_register_fake("fill_uniform_index")
-def _(index, d, seed, start):
+@_register_fake("fill_index")
+def _(index, algorithm, version, D, d, seed, start):
     return None
 
 
-@_register_fake("fill_balanced_index")
-def _(index, version, D, d, seed, start):
-    return None
+def _expect_value(op: str, value: Tensor | None, scale: Tensor, index: Tensor) -> None:
+    if value is not None:
+        _expect(op, "value", value.shape == index.shape, f"shape {list(index.shape)}", list(value.shape))
+        _expect(op, "value", value.dtype == scale.dtype, f"dtype {scale.dtype}", value.dtype)
 
 
 @_register_fake("project")
-def _(theta_d, scale, index, dtype, order=None, offsets=None):
+def _(theta_d, scale, index, value, dtype):
     _expect("project", "scale", scale.shape == theta_d.shape, f"shape {list(theta_d.shape)}", list(scale.shape))
+    _expect_value("project", value, scale, index)
     return theta_d.new_empty(index.shape, dtype=dtype)
 
 
 @_register_fake("project_scatter")
-def _(grad_theta_D, scale, index):
+def _(grad_theta_D, scale, index, value):
     rows = sum(piece.numel() for piece in grad_theta_D)
     _expect("project_scatter", "index", tuple(index.shape) == (rows,), f"shape [{rows}]", list(index.shape))
+    _expect_value("project_scatter", value, scale, index)
     return scale.new_empty(scale.shape)
 
 
 @_register_fake("project_segment_sum")
-def _(grad_theta_D, scale, order, offsets):
+def _(grad_theta_D, scale, order, offsets, value):
     _expect(
         "project_segment_sum", "order", order.shape == grad_theta_D.shape, list(grad_theta_D.shape), list(order.shape)
     )
+    _expect_value("project_segment_sum", value, scale, order)
     return scale.new_empty(scale.shape)
 
 
@@ -131,26 +135,32 @@ def _(grad_y, x, h, weight, A, B, scaling, need_grad_x, need_grad_A, need_grad_B
 # ---- derivatives ---------------------------------------------------------------------------------------------------
 
 
+def _without_derivative(op: str, value: Tensor | None) -> None:
+    good = value is None or not value.requires_grad
+    _expect(op, "value", good, "a tensor that requires no gradient (there is none of it)", "one that does")
+
+
 def _save_project(ctx, inputs, output):
-    _, scale, index, _, order, offsets = inputs
-    ctx.save_for_backward(scale, index, order, offsets)
+    _, scale, index, value, _ = inputs
+    _without_derivative("project", value)
+    ctx.save_for_backward(scale, index, value)
 
 
 def _project_backward(ctx, grad_theta_D):
-    scale, index, order, offsets = ctx.saved_tensors
+    scale, index, value = ctx.saved_tensors
     if not index.is_cuda:
-        g_d = torch.ops.unilora.project_scatter([grad_theta_D], scale, index)
-    elif order is not None:
-        g_d = torch.ops.unilora.project_segment_sum(grad_theta_D, scale, order, offsets)
+        g_d = torch.ops.unilora.project_scatter([grad_theta_D], scale, index, value)
     else:  # PyTorch's accumulating index_put is deterministic there
-        sums = torch.zeros_like(scale).index_put((index.long(),), grad_theta_D.to(scale.dtype), accumulate=True)
-        g_d = sums * scale
-    return g_d, *[None] * 5
+        terms = grad_theta_D.to(scale.dtype)
+        terms = terms if value is None else terms * value
+        g_d = scale * torch.zeros_like(scale).index_put((index.long(),), terms, accumulate=True)
+    return g_d, *[None] * 4
 
 
 def _save_scatter(ctx, inputs, output):
-    pieces, scale, index = inputs
-    ctx.save_for_backward(scale, index)
+    pieces, scale, index, value = inputs
+    _without_derivative("project_scatter", value)
+    ctx.save_for_backward(scale, index, value)
     ctx.shapes, ctx.dtype = [piece.shape for piece in pieces], pieces[0].dtype
 
 
@@ -160,20 +170,21 @@ def _in_pieces(ctx, theta_D):
 
 
 def _scatter_backward(ctx, grad_g_d):
-    scale, index = ctx.saved_tensors
-    return _in_pieces(ctx, torch.ops.unilora.project(grad_g_d, scale, index, ctx.dtype)), None, None
+    return _in_pieces(ctx, torch.ops.unilora.project(grad_g_d, *ctx.saved_tensors, ctx.dtype)), *[None] * 3
 
 
 def _save_segment_sum(ctx, inputs, output):
-    g_D, scale, order, offsets = inputs
-    ctx.save_for_backward(scale, order, offsets)
+    g_D, scale, order, offsets, value = inputs
+    _without_derivative("project_segment_sum", value)
+    ctx.save_for_backward(scale, order, offsets, value)
     ctx.dtype = g_D.dtype
 
 
 def _segment_sum_backward(ctx, grad_g_d):
-    scale, order, offsets = ctx.saved_tensors
+    scale, order, offsets, value = ctx.saved_tensors
     members = torch.repeat_interleave(grad_g_d * scale, offsets.diff(), output_size=order.numel())
-    return torch.empty_like(members).index_copy(0, order.long(), members).to(ctx.dtype), None, None, None
+    theta_D = torch.empty_like(members).index_copy(0, order.long(), members)
+    return (theta_D if value is None else theta_D * value).to(ctx.dtype), *[None] * 4
 
 
 def _save_seeded(ctx, inputs, output):

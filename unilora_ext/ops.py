@@ -151,11 +151,7 @@ def project_traced(
     """:func:`project_factors` for a graph that is being traced; rows as (start, stop) `ranges` of `projection`."""
     theta_d = _widened(theta_d)
     operator, *operands = _constant_operands(projection, theta_d.device, ranges, theta_d.dtype)
-    if operator == "project":
-        scale, index, *members = operands
-        theta_D = torch.ops.unilora.project(theta_d, scale, index, dtype, *members)
-    else:
-        theta_D = torch.ops.unilora.project_seeded(theta_d, *operands, dtype)
+    theta_D = getattr(torch.ops.unilora, operator)(theta_d, *operands, dtype)
     parts = theta_D.split_with_sizes([m * n for m, n in shapes])
     return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 

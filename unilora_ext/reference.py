@@ -103,15 +103,17 @@ def balanced_index(D: int, d: int, seed: int, start: int, stop: int, version: in
     return np.array([e % d for e in elements], dtype=np.int32)
 
 
-def project(theta_d: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+def project(theta_d: Tensor, scale: Tensor, index: Tensor, value: Tensor | None = None) -> Tensor:
     """theta_D in float64."""
-    return (theta_d.double() * scale.double())[index.long()]
+    theta_D = (theta_d.double() * scale.double())[index.long()]
+    return theta_D if value is None else theta_D * value.double()
 
 
-def project_transpose(g_D: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+def project_transpose(g_D: Tensor, scale: Tensor, index: Tensor, value: Tensor | None = None) -> Tensor:
     """g_d in float64."""
     sums = torch.zeros(scale.shape, dtype=torch.float64, device=g_D.device)
-    return scale.double() * sums.index_add_(0, index.long(), g_D.double())
+    terms = g_D.double() if value is None else g_D.double() * value.double()
+    return scale.double() * sums.index_add_(0, index.long(), terms)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -1,9 +1,11 @@
 // The projection theta_D = P theta_d of Uni-LoRA (arXiv 2506.00799, section 3): contract and index arithmetic.
 //
-//   forward    theta_D[i]      = theta_d[index[i]] * scale[index[i]]               i in [0, D)
-//   backward   grad_theta_d[j] = scale[j] * sum_{i : index[i] = j} grad_theta_D[i]   j in [0, d)
+//   forward    theta_D[i]      = (theta_d[index[i]] * scale[index[i]]) * value[i]               i in [0, D)
+//   backward   grad_theta_d[j] = scale[j] * sum_{i : index[i] = j} value[i] * grad_theta_D[i]   j in [0, d)
 //
-// P has one non-zero in a row; scale[j] = 1 / sqrt(n_j), n_j members in column j, so that P^T P = I.
+// P has one non-zero in a row: scale[j] value[i]. Without `value` all are 1, and scale[j] = 1 / sqrt(n_j), n_j members
+// in column j, so that P^T P = I. Products and sums are made in the dtype of theta_d and scale, float or double, which
+// `value` has too, and rounded once.
 //
 // Below: the functions position -> column. They are part of the adapter file format, are integer arithmetic only, and
 // give the same column on every device. Each depends on (seed, position) and the sizes alone, so any range of
@@ -53,6 +55,13 @@ constexpr uint64_t kRankedStream = 2;    // draws of `balanced` for few position
 // ---- uniform, version 1: each column drawn independently ---------------------------------------------------------
 // Position i takes half i % 2 of the Philox block with counter i / 2: 64 random bits u, then floor(u d / 2^64).
 
+constexpr int64_t kUniformVersion = 1;  // the newest
+
+struct UniformMap {
+  uint32_t d;
+  uint64_t seed;
+};
+
 // floor(u * d / 2^64) for d < 2^31, without 128-bit arithmetic.
 UNILORA_HOST_DEVICE uint32_t scale_to_range(uint32_t low, uint32_t high, uint32_t d) {
   const uint64_t carry = (static_cast<uint64_t>(low) * d) >> 32;
@@ -63,9 +72,9 @@ UNILORA_HOST_DEVICE uint32_t scale_to_range(uint32_t low, uint32_t high, uint32_
 struct ColumnPair {
   uint32_t even, odd;
 };
-UNILORA_HOST_DEVICE ColumnPair uniform_columns(uint64_t seed, uint64_t pair, uint32_t d) {
-  const PhiloxBlock bits = philox4x32_10(seed, pair, kUniformStream);
-  return {scale_to_range(bits.word[0], bits.word[1], d), scale_to_range(bits.word[2], bits.word[3], d)};
+UNILORA_HOST_DEVICE ColumnPair uniform_columns(const UniformMap& map, uint64_t pair) {
+  const PhiloxBlock bits = philox4x32_10(map.seed, pair, kUniformStream);
+  return {scale_to_range(bits.word[0], bits.word[1], map.d), scale_to_range(bits.word[2], bits.word[3], map.d)};
 }
 
 // ---- balanced, versions 1 and 2: every column used floor(D / d) or ceil(D / d) times ------------------------------

@@ -16,10 +16,10 @@ namespace unilora {
 namespace {
 
 // Columns computed for rows that are several ranges of positions, one after the other.
-template <typename Columns>
-class RangedColumns {
+template <typename Map>
+class ComputedColumns {
  public:
-  RangedColumns(Columns columns, const std::vector<int64_t>& ranges) : columns_(columns) {
+  ComputedColumns(const Map& map, const std::vector<int64_t>& ranges) : map_(map) {
     for (size_t k = 0; k + 1 < ranges.size(); k += 2) {
       runs_.push_back({rows_, rows_ + ranges[k + 1] - ranges[k], ranges[k]});
       rows_ += ranges[k + 1] - ranges[k];
@@ -31,7 +31,8 @@ class RangedColumns {
   bool columns(int64_t first, int64_t n, int32_t* buffer) const {
     for (const Run& run : runs_) {
       const int64_t begin = std::max(first, run.begin), end = std::min(first + n, run.end);
-      if (begin < end) columns_.columns(run.position + begin - run.begin, end - begin, buffer + begin - first);
+      if (begin < end)
+        fill_block(buffer + begin - first, end - begin, map_, static_cast<uint64_t>(run.position + begin - run.begin));
     }
     return true;
   }
@@ -40,7 +41,7 @@ class RangedColumns {
   struct Run {
     int64_t begin, end, position;  // rows [begin, end) are positions from `position`
   };
-  Columns columns_;
+  Map map_;
   std::vector<Run> runs_;
   int64_t rows_ = 0;
 };
@@ -59,32 +60,34 @@ bool for_blocks(const Source& source, int64_t begin, int64_t end, const Body& bo
 
 [[noreturn]] void fail_index(const char* op, int64_t d) { fail(op, "index: expected values in [0, ", d, ")"); }
 
-// out[i] = T(theta_d[j] scale[j]), j the column of row i: the products are made once, d of them.
-template <typename Source>
-Tensor gather(const char* op, const Tensor& theta_d, const Tensor& scale, const Source& source, int64_t n,
-              ScalarType dtype) {
-  const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
-  const Tensor out = new_result(theta, n, dtype);
-  const int64_t d = theta.numel();
+// out[i] = T((theta_d[j] scale[j]) value[i]), j the column of row i: the first products are made once, d of them.
+template <typename T, typename Acc, typename Source>
+void gather_rows(const char* op, const Acc* theta_d, const Acc* scale, int64_t d, const Source& source,
+                 const Acc* value, T* out, int64_t n) {
   std::atomic<bool> good{true};
-  dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
-    using T = typename decltype(tag)::type;
-    using Acc = typename decltype(acc)::type;
-    const Acc *value = const_data<Acc>(theta), *weight = const_data<Acc>(factor);
-    const std::unique_ptr<T[]> table(new T[static_cast<size_t>(d)]);
+  const auto rows = [&](auto entry, const auto& block) {
+    using Entry = typename decltype(entry)::type;
+    const std::unique_ptr<Entry[]> table(new Entry[static_cast<size_t>(d)]);
     parallel(d, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) table[j] = static_cast<T>(value[j] * weight[j]);
+      for (int64_t j = begin; j < end; ++j) table[j] = static_cast<Entry>(theta_d[j] * scale[j]);
     });
-    T* result = data<T>(out);
     parallel(n, 2, [&](int64_t begin, int64_t end) {
       if (!for_blocks(source, begin, end, [&](int64_t first, int64_t size, const int32_t* columns) {
-            gather_block(table.get(), columns, result + first, size);
+            block(table.get(), first, size, columns);
           }))
         good = false;
     });
-  });
+  };
+  if (value == nullptr) {
+    rows(TypeTag<T>{}, [=](const T* table, int64_t first, int64_t size, const int32_t* columns) {
+      gather_block(table, columns, out + first, size);
+    });
+  } else {
+    rows(TypeTag<Acc>{}, [=](const Acc* table, int64_t first, int64_t size, const int32_t* columns) {
+      gather_block(table, columns, value + first, out + first, size);
+    });
+  }
   if (!good) fail_index(op, d);
-  return out;
 }
 
 // Tensors of any shape and one dtype that lie end to end: rows [0, rows()).
@@ -117,9 +120,10 @@ class Pieces {
   int64_t rows_ = 0;
 };
 
-// out[j] = scale[j] * sum of grad over the rows of column j.
+// out[j] = scale[j] * sum of value[i] grad[i] over the rows i of column j.
 template <typename Source>
-Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tensor& scale, const Source& source) {
+Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tensor& scale, const Source& source,
+               const Values& values) {
   const Tensor factor = torch::stable::contiguous(scale);
   const int64_t n = grad.rows(), d = factor.numel(), parts = scatter_parts(n, d);
   const Tensor out = torch::stable::new_empty(factor, {d});
@@ -129,14 +133,19 @@ Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tenso
     using T = typename decltype(tag)::type;
     using Acc = typename decltype(acc)::type;
     Acc* table = data<Acc>(tables);
+    const Acc* value = values.data<Acc>();
     advise_huge_pages(table, parts * d * static_cast<int64_t>(sizeof(Acc)));
     parallel(parts, 2 * n / parts + d, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         Acc* own = table + part * d;
         std::fill(own, own + d, Acc(0));
-        const auto add = [&](int64_t stretch, int64_t stretch_end, const T* values) {
+        const auto add = [&](int64_t stretch, int64_t stretch_end, const T* grads) {
           return for_blocks(source, stretch, stretch_end, [&](int64_t first, int64_t size, const int32_t* columns) {
-            scatter_block(values + (first - stretch), columns, own, size);
+            if (value == nullptr) {
+              scatter_block<false>(grads + (first - stretch), columns, value, own, size);
+            } else {
+              scatter_block<true>(grads + (first - stretch), columns, value + first, own, size);
+            }
           });
         };
         if (!grad.each<T>(n * part / parts, n * (part + 1) / parts, add)) good = false;
@@ -157,30 +166,25 @@ Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tenso
 }
 
 struct CpuProjection {
-  explicit CpuProjection(const Tensor&) {}
+  Tensor like;
 
-  void fill_uniform_index(int32_t* index, int64_t n, uint32_t d, uint64_t seed, uint64_t start) const {
+  explicit CpuProjection(const Tensor& like_) : like(like_) {}
+
+  Tensor new_vector(int64_t n, ScalarType dtype) const { return new_result(like, n, dtype); }
+
+  template <typename Map>
+  void fill_index(int32_t* index, int64_t n, const Map& map, uint64_t start) const {
     parallel(n, 30, [=](int64_t begin, int64_t end) {
-      fill_uniform_block(index + begin, end - begin, d, seed, start + static_cast<uint64_t>(begin));
+      fill_block(index + begin, end - begin, map, start + static_cast<uint64_t>(begin));
     });
   }
 
-  void fill_balanced_index(int32_t* index, int64_t n, const BalancedMap& map, uint32_t start) const {
-    parallel(n, 30, [=](int64_t begin, int64_t end) {
-      fill_balanced_block(index + begin, end - begin, map, start + static_cast<uint32_t>(begin));
-    });
+  template <typename T, typename Acc>
+  void gather(const char* op, const Acc* theta_d, const Acc* scale, int64_t d, const int32_t* index, const Acc* value,
+              T* out, int64_t n) const {
+    gather_rows(op, theta_d, scale, d, StoredColumns{index, d}, value, out, n);
   }
 };
-
-Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, ScalarType dtype,
-               const std::optional<Tensor>& /*order*/, const std::optional<Tensor>& /*offsets*/) {
-  constexpr auto op = "project";
-  check_theta_d(op, theta_d, scale, dtype);
-  check_index(op, "index", index, "theta_d", theta_d);
-  const Tensor columns = torch::stable::contiguous(index);
-  return gather(op, theta_d, scale, StoredColumns{const_data<int32_t>(columns), theta_d.numel()}, columns.numel(),
-                dtype);
-}
 
 // The pieces of grad_theta_D, all of the first one's dtype.
 Pieces checked_pieces(const char* op, const std::vector<Tensor>& grad_theta_D, const Tensor& scale) {
@@ -194,43 +198,46 @@ Pieces checked_pieces(const char* op, const std::vector<Tensor>& grad_theta_D, c
   return pieces;
 }
 
-Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, const Tensor& index) {
+Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, const Tensor& index,
+                       const std::optional<Tensor>& value) {
   constexpr auto op = "project_scatter";
   const Pieces grad = checked_pieces(op, grad_theta_D, scale);
   check_index(op, "index", index, "grad_theta_D", grad_theta_D[0]);
   check_shape(op, "index", index, {grad.rows()});
+  check_value(op, value, scale, grad.rows());
   const Tensor columns = torch::stable::contiguous(index);
   return scatter(op, grad, grad_theta_D[0].scalar_type(), scale,
-                 StoredColumns{const_data<int32_t>(columns), scale.numel()});
+                 StoredColumns{const_data<int32_t>(columns), scale.numel()}, Values(value));
 }
 
 // Checks the description of computed rows, then calls body with their source.
 template <typename Body>
-Tensor with_seeded_columns(const char* op, const std::string& algorithm, int64_t version, int64_t D, int64_t d,
-                           int64_t seed, const std::vector<int64_t>& ranges, const Body& body) {
-  check_range(op, "D", D, 1, kMaxElements);
-  check_range(op, "seed", seed, 0, INT64_MAX);
-  check_range(op, "len(ranges) % 2", static_cast<int64_t>(ranges.size()) % 2, 0, 0);
-  for (size_t k = 0; k + 1 < ranges.size(); k += 2) {
-    check_range(op, "stop of a range", ranges[k + 1], 0, D);
-    check_range(op, "start of a range", ranges[k], 0, ranges[k + 1]);
-  }
-  if (algorithm == "uniform") {
-    check_range(op, "version", version, 1, 1);
-    return body(RangedColumns(UniformColumns{static_cast<uint32_t>(d), static_cast<uint64_t>(seed)}, ranges));
-  }
-  if (algorithm != "balanced") fail(op, "algorithm: expected 'uniform' or 'balanced', got '", algorithm, "'");
-  check_range(op, "version", version, 1, kBalancedVersion);
-  const BalancedMap map(version, static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
-  return body(RangedColumns(BalancedColumns{map}, ranges));
+Tensor with_computed_columns(const char* op, const std::string& algorithm, int64_t version, int64_t D, int64_t d,
+                             int64_t seed, const std::vector<int64_t>& ranges, const Body& body) {
+  return with_index_map(op, algorithm, version, D, d, seed, [&](const auto& map) {
+    check_range(op, "len(ranges) % 2", static_cast<int64_t>(ranges.size()) % 2, 0, 0);
+    for (size_t k = 0; k + 1 < ranges.size(); k += 2) {
+      check_range(op, "stop of a range", ranges[k + 1], 0, D);
+      check_range(op, "start of a range", ranges[k], 0, ranges[k + 1]);
+    }
+    return body(ComputedColumns(map, ranges));
+  });
 }
 
 Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string algorithm, int64_t version, int64_t D,
                       int64_t seed, std::vector<int64_t> ranges, ScalarType dtype) {
   constexpr auto op = "project_seeded";
   check_theta_d(op, theta_d, scale, dtype);
-  return with_seeded_columns(op, algorithm, version, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
-    return gather(op, theta_d, scale, source, source.rows(), dtype);
+  return with_computed_columns(op, algorithm, version, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
+    const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
+    const Tensor out = new_result(theta, source.rows(), dtype);
+    dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
+      using Acc = typename decltype(acc)::type;
+      gather_rows<typename decltype(tag)::type, Acc>(op, const_data<Acc>(theta), const_data<Acc>(factor), theta.numel(),
+                                                     source, nullptr, data<typename decltype(tag)::type>(out),
+                                                     source.rows());
+    });
+    return out;
   });
 }
 
@@ -238,9 +245,9 @@ Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& sc
                               int64_t version, int64_t D, int64_t seed, std::vector<int64_t> ranges) {
   constexpr auto op = "project_seeded_scatter";
   const Pieces grad = checked_pieces(op, grad_theta_D, scale);
-  return with_seeded_columns(op, algorithm, version, D, scale.numel(), seed, ranges, [&](const auto& source) {
+  return with_computed_columns(op, algorithm, version, D, scale.numel(), seed, ranges, [&](const auto& source) {
     check_range(op, "len(grad_theta_D)", grad.rows(), source.rows(), source.rows());
-    return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, source);
+    return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, source, Values(std::nullopt));
   });
 }
 
@@ -248,8 +255,7 @@ Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& sc
 }  // namespace unilora
 
 STABLE_TORCH_LIBRARY_IMPL(unilora, CPU, m) {
-  UNILORA_IMPL_INDEX(m, unilora::CpuProjection);
-  m.impl("project", TORCH_BOX(&unilora::project));
+  unilora::register_projection<unilora::CpuProjection>(m);
   m.impl("project_scatter", TORCH_BOX(&unilora::project_scatter));
   m.impl("project_seeded", TORCH_BOX(&unilora::project_seeded));
   m.impl("project_seeded_scatter", TORCH_BOX(&unilora::project_seeded_scatter));

@@ -18,22 +18,22 @@ constexpr int kProjectionBlock = 256;
 // A thread computes one Philox block and so both positions of a pair; the first and last pair may be cut.
 static __global__ void __launch_bounds__(kProjectionBlock)
     uniform_index_kernel(int32_t* __restrict__ index,  // [n]
-                         int64_t n, int64_t pairs, uint32_t d, uint64_t seed, uint64_t start) {
+                         int64_t n, int64_t pairs, UniformMap map, uint64_t start) {
   const uint64_t first_pair = start / 2;
   const int64_t cut = static_cast<int64_t>(start % 2);  // positions of the first pair that lie before `start`
   for (int64_t p = grid_begin(); p < pairs; p += grid_step()) {
-    const ColumnPair columns = uniform_columns(seed, first_pair + static_cast<uint64_t>(p), d);
+    const ColumnPair columns = uniform_columns(map, first_pair + static_cast<uint64_t>(p));
     const int64_t even = 2 * p - cut, odd = even + 1;
     if (even >= 0) index[even] = static_cast<int32_t>(columns.even);
     if (odd < n) index[odd] = static_cast<int32_t>(columns.odd);
   }
 }
 
-inline void launch_uniform_index(int32_t* index,  // [n]
-                                 int64_t n, uint32_t d, uint64_t seed, uint64_t start, cudaStream_t stream) {
+inline void launch_index(int32_t* index,  // [n]
+                         int64_t n, const UniformMap& map, uint64_t start, cudaStream_t stream) {
   if (n == 0) return;
   const int64_t pairs = ceil_div(static_cast<int64_t>(start % 2) + n, 2);
-  uniform_index_kernel<<<grid_size(pairs, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, pairs, d, seed,
+  uniform_index_kernel<<<grid_size(pairs, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, pairs, map,
                                                                                             start);
 }
 
@@ -44,63 +44,85 @@ static __global__ void __launch_bounds__(kProjectionBlock)
     index[k] = static_cast<int32_t>(map.column(start + static_cast<uint32_t>(k)));
 }
 
-inline void launch_balanced_index(int32_t* index,  // [n]
-                                  int64_t n, const BalancedMap& map, uint32_t start, cudaStream_t stream) {
+inline void launch_index(int32_t* index,  // [n]
+                         int64_t n, const BalancedMap& map, uint64_t start, cudaStream_t stream) {
   if (n == 0) return;
-  balanced_index_kernel<<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, map, start);
+  balanced_index_kernel<<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, n, map,
+                                                                                         static_cast<uint32_t>(start));
 }
 
 // ---- gather -----------------------------------------------------------------------------------------------
-// out[i] = theta_d[index[i]] * scale[index[i]]
+// out[i] = (theta_d[index[i]] * scale[index[i]]) * value[i]
 //
-// Work: the product depends on the column alone, so d products are made first, in the dtype of the result, which
-// keeps the table small; then one thread copies one element.
-// Bytes: `index` and `out` stream, n (4 + sizeof(T)); the table is read at random, one sector an element, from L2
-// where it fits; making it reads 2 d sizeof(Acc) and writes d sizeof(T).
+// Work: the first product depends on the column alone, so d of them are made first: in the dtype of the result, which
+// keeps the table small, or in Acc where a value comes on top. Then one thread makes one element.
+// Bytes: `index` and `out` stream, n (4 + sizeof(T)), and `value`, n sizeof(Acc), where it is; the table is read at
+// random, one sector an element, from L2 where it fits; making it reads 2 d sizeof(Acc) and writes d sizeof(Entry).
 // Determinism: an element has one writer and one product; equal to the CPU's, bit for bit.
 
-template <typename T, typename Acc>
+template <typename Entry, typename Acc>
 __global__ void __launch_bounds__(kProjectionBlock) scaled_theta_kernel(const Acc* __restrict__ theta_d,  // [d]
                                                                         const Acc* __restrict__ scale,    // [d]
                                                                         int64_t d,
-                                                                        T* __restrict__ scaled) {  // [d]
-  for (int64_t j = grid_begin(); j < d; j += grid_step()) scaled[j] = narrow<T>(theta_d[j] * scale[j]);
+                                                                        Entry* __restrict__ scaled) {  // [d]
+  for (int64_t j = grid_begin(); j < d; j += grid_step()) scaled[j] = narrow<Entry>(theta_d[j] * scale[j]);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kProjectionBlock) gather_kernel(const T* __restrict__ scaled,  // [d]
+// kWeighted: whether there are values. Entry: Acc if so, else T.
+template <bool kWeighted, typename Entry, typename Acc, typename T>
+__global__ void __launch_bounds__(kProjectionBlock) gather_kernel(const Entry* __restrict__ scaled,  // [d]
                                                                   int64_t d,
                                                                   const int32_t* __restrict__ index,  // [n], in [0, d)
+                                                                  const Acc* __restrict__ value,      // [n] or null
                                                                   int64_t n,
                                                                   T* __restrict__ out) {  // [n]
   for (int64_t i = grid_begin(); i < n; i += grid_step()) {
     const int32_t column = index[i];
     UNILORA_DEVICE_CHECK(0 <= column && column < d);
-    out[i] = scaled[column];
+    if constexpr (kWeighted) {
+      out[i] = narrow<T>(scaled[column] * value[i]);
+    } else {
+      out[i] = scaled[column];
+    }
   }
+}
+
+// Bytes that launch_gather wants as scratch.
+template <typename T, typename Acc>
+int64_t gather_scratch(int64_t d, bool weighted) {
+  return d * static_cast<int64_t>(weighted ? sizeof(Acc) : sizeof(T));
 }
 
 template <typename T, typename Acc>
 void launch_gather(const Acc* theta_d,    // [d]
                    const Acc* scale,      // [d]
-                   T* scaled,             // [d], scratch
+                   void* scratch,         // [gather_scratch<T, Acc>(d, value is given)] bytes
                    int64_t d,             //
                    const int32_t* index,  // [n], in [0, d)
+                   const Acc* value,      // [n] or null
                    T* out,                // [n]
                    int64_t n, cudaStream_t stream) {
   if (n == 0) return;
-  scaled_theta_kernel<T, Acc>
-      <<<grid_size(d, kProjectionBlock), kProjectionBlock, 0, stream>>>(theta_d, scale, d, scaled);
-  gather_kernel<T><<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(scaled, d, index, n, out);
+  const auto launch = [&](auto weighted, auto* scaled) {
+    scaled_theta_kernel<<<grid_size(d, kProjectionBlock), kProjectionBlock, 0, stream>>>(theta_d, scale, d, scaled);
+    gather_kernel<decltype(weighted)::value>
+        <<<grid_size(n, kProjectionBlock), kProjectionBlock, 0, stream>>>(scaled, d, index, value, n, out);
+  };
+  if (value == nullptr) {
+    launch(std::false_type{}, static_cast<T*>(scratch));
+  } else {
+    launch(std::true_type{}, static_cast<Acc*>(scratch));
+  }
 }
 
 // ---- segment-sum ------------------------------------------------------------------------------------------
-// out[j] = scale[j] * sum of grad[order[k]], k in [offsets[j], offsets[j + 1])
+// out[j] = scale[j] * sum of value[order[k]] * grad[order[k]], k in [offsets[j], offsets[j + 1])
 //
 // Work: a group of `width` lanes owns a column. Lane l takes the members l, l + width, l + 2 width, ... (`order` is
 // read in whole sectors), then the lanes are added by a fixed tree. A column with more than kLongColumn members a
 // lane is left to the whole block, in the same way: one crowded column does not hold up the rest.
-// Bytes: order 4 n, offsets 4 d, scale and out 2 d sizeof(Acc), and one random sector of `grad` an element.
+// Bytes: order 4 n, offsets 4 d, scale and out 2 d sizeof(Acc), and one random sector of `grad` an element, and of
+// `value` where it is.
 // Determinism: width and block size follow from n and d; who adds what, and in which order, from these and the
 // length of the column. No atomics. A column without members gives 0.
 
@@ -108,9 +130,9 @@ constexpr int64_t kLongColumn = 64;  // members a lane of a group takes at most
 constexpr int kMaxSegmentBlock = 1024;
 
 // The sum of members lane, lane + lanes, lane + 2 lanes, ... Four sums in turn keep four loads in flight.
-template <typename Acc, typename T>
-__device__ __forceinline__ Acc sum_members(const T* __restrict__ grad, int64_t n, const int32_t* __restrict__ members,
-                                           int64_t size, int lane, int lanes) {
+template <bool kWeighted, typename Acc, typename T>
+__device__ __forceinline__ Acc sum_members(const T* __restrict__ grad, const Acc* __restrict__ value, int64_t n,
+                                           const int32_t* __restrict__ members, int64_t size, int lane, int lanes) {
   Acc sum[4] = {0, 0, 0, 0};
   for (int64_t k = lane; k < size; k += 4 * lanes) {
 #pragma unroll
@@ -119,7 +141,11 @@ __device__ __forceinline__ Acc sum_members(const T* __restrict__ grad, int64_t n
       if (member >= size) break;
       const int32_t position = members[member];
       UNILORA_DEVICE_CHECK(0 <= position && position < n);
-      sum[i] += widen<Acc>(grad[position]);
+      if constexpr (kWeighted) {
+        sum[i] += value[position] * widen<Acc>(grad[position]);
+      } else {
+        sum[i] += widen<Acc>(grad[position]);
+      }
     }
   }
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
@@ -137,9 +163,10 @@ __device__ Acc block_sum(Acc value) {
   return value;
 }
 
-template <typename T, typename Acc>
+template <bool kWeighted, typename T, typename Acc>
 __global__ void __launch_bounds__(kMaxSegmentBlock)
-    segment_sum_kernel(const T* __restrict__ grad,  // [n]
+    segment_sum_kernel(const T* __restrict__ grad,     // [n]
+                       const Acc* __restrict__ value,  // [n] or null
                        int64_t n,
                        const Acc* __restrict__ scale,  // [d]
                        int64_t d,
@@ -160,7 +187,8 @@ __global__ void __launch_bounds__(kMaxSegmentBlock)
       UNILORA_DEVICE_CHECK(0 <= begin && 0 <= size && begin + size <= n);
     }
     const bool is_long = size > kLongColumn * width;
-    const Acc sum = lane_sum(sum_members<Acc>(grad, n, order + begin, is_long ? 0 : size, lane, width), width);
+    const Acc sum =
+        lane_sum(sum_members<kWeighted>(grad, value, n, order + begin, is_long ? 0 : size, lane, width), width);
     if (lane == 0 && j < d && !is_long) out[j] = scale[j] * sum;
 
     if (!__syncthreads_or(is_long)) continue;
@@ -168,8 +196,8 @@ __global__ void __launch_bounds__(kMaxSegmentBlock)
       const int64_t c_begin = offsets[c], c_size = offsets[c + 1] - c_begin;
       if (c_size <= kLongColumn * width) continue;
       UNILORA_DEVICE_CHECK(0 <= c_begin && c_begin + c_size <= n);  // read anew
-      const Acc total = block_sum(sum_members<Acc>(grad, n, order + c_begin, c_size, static_cast<int>(threadIdx.x),
-                                                   static_cast<int>(blockDim.x)));
+      const Acc total = block_sum(sum_members<kWeighted>(grad, value, n, order + c_begin, c_size,
+                                                         static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)));
       if (threadIdx.x == 0) out[c] = scale[c] * total;
     }
   }
@@ -184,6 +212,7 @@ inline int segment_width(int64_t n, int64_t d) {
 
 template <typename T, typename Acc>
 void launch_segment_sum(const T* grad,           // [n]
+                        const Acc* value,        // [n] or null
                         int64_t n,               //
                         const Acc* scale,        // [d]
                         int64_t d,               //
@@ -194,8 +223,8 @@ void launch_segment_sum(const T* grad,           // [n]
   if (d == 0) return;
   const int width = segment_width(n, d);
   const int block = n / d > kLongColumn * kWarp ? kMaxSegmentBlock : kProjectionBlock;
-  segment_sum_kernel<T, Acc>
-      <<<grid_size(d, block / width), block, 0, stream>>>(grad, n, scale, d, order, offsets, width, out);
+  const auto kernel = value == nullptr ? segment_sum_kernel<false, T, Acc> : segment_sum_kernel<true, T, Acc>;
+  kernel<<<grid_size(d, block / width), block, 0, stream>>>(grad, value, n, scale, d, order, offsets, width, out);
 }
 
 }  // namespace unilora

@@ -4,6 +4,7 @@
 // Both directions are one sequential pass over theta_D and index, with random access to a table of d numbers:
 //   gather    reads 4 n (index), writes n sizeof(T); reads the table at random
 //   scatter   reads 4 n (index) and n sizeof(T); adds to the table at random
+// A value a row is n sizeof(Acc) more.
 // They are bound by the latency of the table (L2 for d to some 100,000), so each keeps many accesses in flight: the
 // gather by itself, the scatter by prefetching.
 #pragma once
@@ -20,29 +21,31 @@ constexpr int64_t kBlock = 4096;  // rows: 16 KiB of columns
 
 // ---- where the columns of a block of rows come from --------------------------------------------------------------
 
-UNILORA_INLINE void fill_uniform_pairs(int32_t* index, int64_t pairs, uint32_t d, uint64_t seed, uint64_t first_pair) {
+UNILORA_INLINE void fill_uniform_pairs(int32_t* index, int64_t pairs, const UniformMap& map, uint64_t first_pair) {
   for (int64_t k = 0; k < pairs; ++k) {
-    const ColumnPair columns = uniform_columns(seed, first_pair + static_cast<uint64_t>(k), d);
+    const ColumnPair columns = uniform_columns(map, first_pair + static_cast<uint64_t>(k));
     index[2 * k] = static_cast<int32_t>(columns.even);
     index[2 * k + 1] = static_cast<int32_t>(columns.odd);
   }
 }
-UNILORA_MULTIVERSION inline void fill_uniform_block(int32_t* index,  // [n]
-                                                    int64_t n, uint32_t d, uint64_t seed, uint64_t start) {
+
+// `map` by value here and below: a local copy that the writes to index cannot change.
+UNILORA_MULTIVERSION inline void fill_block(int32_t* index,  // [n]
+                                            int64_t n, const UniformMap map, uint64_t start) {
   if (n > 0 && start % 2 == 1) {  // an odd start takes the second half of its pair
-    *index++ = static_cast<int32_t>(uniform_columns(seed, start / 2, d).odd);
+    *index++ = static_cast<int32_t>(uniform_columns(map, start / 2).odd);
     ++start;
     --n;
   }
-  fill_uniform_pairs(index, n / 2, d, seed, start / 2);
+  fill_uniform_pairs(index, n / 2, map, start / 2);
   if (n % 2 == 1) {
-    index[n - 1] = static_cast<int32_t>(uniform_columns(seed, (start + static_cast<uint64_t>(n)) / 2, d).even);
+    index[n - 1] = static_cast<int32_t>(uniform_columns(map, (start + static_cast<uint64_t>(n)) / 2).even);
   }
 }
 
-// `map` by value: a local copy that the writes to index cannot change.
-UNILORA_MULTIVERSION inline void fill_balanced_block(int32_t* index,  // [n]
-                                                     int64_t n, const BalancedMap map, uint32_t start) {
+UNILORA_MULTIVERSION inline void fill_block(int32_t* index,  // [n]
+                                            int64_t n, const BalancedMap map, uint64_t first) {
+  const uint32_t start = static_cast<uint32_t>(first);
   if (map.ranked()) {
     for (int64_t k = 0; k < n; ++k) index[k] = static_cast<int32_t>(map.column(start + static_cast<uint32_t>(k)));
     return;
@@ -77,46 +80,49 @@ struct StoredColumns {
   int64_t d;
   bool columns(int64_t first, int64_t n, int32_t* buffer) const { return copy_columns(index + first, buffer, n) < d; }
 };
-struct UniformColumns {
-  uint32_t d;
-  uint64_t seed;
-  bool columns(int64_t first, int64_t n, int32_t* buffer) const {
-    fill_uniform_block(buffer, n, d, seed, static_cast<uint64_t>(first));
-    return true;
-  }
-};
-struct BalancedColumns {
-  BalancedMap map;
-  bool columns(int64_t first, int64_t n, int32_t* buffer) const {
-    fill_balanced_block(buffer, n, map, static_cast<uint32_t>(first));
-    return true;
-  }
-};
 
 // ---- gather and scatter --------------------------------------------------------------------------------------------
 
 // out[i] = table[index[i]]
-template <typename Acc, typename T>
-inline void gather_block(const Acc* __restrict table,      // [d]
+template <typename T>
+inline void gather_block(const T* __restrict table,        // [d]
                          const int32_t* __restrict index,  // [n], in [0, d)
                          T* __restrict out,                // [n]
                          int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(table[index[i]]);
+  for (int64_t i = 0; i < n; ++i) out[i] = table[index[i]];
 }
 
-// table[index[i]] += grad[i], in ascending i
-template <typename T, typename Acc>
-inline void scatter_block(const T* __restrict grad,         // [n]
-                          const int32_t* __restrict index,  // [n], in [0, d)
-                          Acc* __restrict table,            // [d]
+// out[i] = table[index[i]] value[i]
+template <typename Acc, typename T>
+inline void gather_block(const Acc* __restrict table,      // [d]
+                         const int32_t* __restrict index,  // [n], in [0, d)
+                         const Acc* __restrict value,      // [n]
+                         T* __restrict out,                // [n]
+                         int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(table[index[i]] * value[i]);
+}
+
+// table[index[i]] += value[i] grad[i], in ascending i; kWeighted: whether there are values
+template <bool kWeighted, typename T, typename Acc>
+inline void scatter_block(const T* __restrict grad,                      // [n]
+                          const int32_t* __restrict index,               // [n], in [0, d)
+                          [[maybe_unused]] const Acc* __restrict value,  // [n]
+                          Acc* __restrict table,                         // [d]
                           int64_t n) {
   constexpr int64_t kAhead = 64, kGroup = 8;
+  const auto add = [&](int64_t i) {
+    if constexpr (kWeighted) {
+      table[index[i]] += value[i] * static_cast<Acc>(grad[i]);
+    } else {
+      table[index[i]] += static_cast<Acc>(grad[i]);
+    }
+  };
   int64_t i = 0;
   for (; i + kAhead + kGroup <= n; i += kGroup) {
     for (int64_t k = i; k < i + kGroup; ++k) __builtin_prefetch(table + index[k + kAhead], 1);
-    for (int64_t k = i; k < i + kGroup; ++k) table[index[k]] += static_cast<Acc>(grad[k]);
+    for (int64_t k = i; k < i + kGroup; ++k) add(k);
   }
-  for (; i < n; ++i) table[index[i]] += static_cast<Acc>(grad[i]);
+  for (; i < n; ++i) add(i);
 }
 
 // Rows are added in `parts` equal runs, each into a table of its own, and the tables in order: the number of parts,

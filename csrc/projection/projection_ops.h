@@ -1,42 +1,50 @@
-// What the projection's operators share on all devices: argument checks, and index generation, for which Kernels is
-// made from a tensor of the device (it holds guard and stream where there are any) and has
-//   fill_uniform_index(int32_t* index, n, d, seed, start)       fill_balanced_index(int32_t* index, n, map, start)
+// The projection's operators for any device: argument checks, and what the devices share as templates over Kernels,
+// which is made from a tensor of the device (it holds guard and stream where there are any) and has
+//   fill_index(int32_t* index, n, map, start)      the columns of positions start, start + 1, ...; UniformMap,
+//   BalancedMap new_vector(n, dtype)                           an uninitialised result gather(op, theta_d, scale, d,
+//   index, value, out, n)      of T and Acc, pointers; value may be null
 #pragma once
+
+#include <string>
 
 #include "checks.h"
 #include "projection/projection.h"
 
 namespace unilora {
 
-// An index to be written, its number of columns and its seed.
-inline void check_fill(const char* op, const Tensor& index, int64_t d, int64_t seed) {
+// Checks which columns are meant, then returns body(map) with the map of the algorithm and version.
+template <typename Body>
+auto with_index_map(const char* op, const std::string& algorithm, int64_t version, int64_t D, int64_t d, int64_t seed,
+                    const Body& body) {
+  const bool uniform = algorithm == "uniform";
+  if (!uniform && algorithm != "balanced")
+    fail(op, "algorithm: expected 'uniform' or 'balanced', got '", algorithm, "'");
+  check_range(op, "version", version, 1, uniform ? kUniformVersion : kBalancedVersion);
+  check_range(op, "D", D, 1, kMaxElements);
+  check_range(op, "d", d, 1, kMaxElements);
+  check_range(op, "seed", seed, 0, INT64_MAX);
+  const auto rows = static_cast<uint32_t>(D), columns = static_cast<uint32_t>(d);
+  const auto key = static_cast<uint64_t>(seed);
+  return uniform ? body(UniformMap{columns, key}) : body(BalancedMap(version, rows, columns, key));
+}
+
+template <typename Kernels>
+void fill_index(const Tensor& index, const std::string& algorithm, int64_t version, int64_t D, int64_t d, int64_t seed,
+                int64_t start) {
+  constexpr auto op = "fill_index";
   check_dtype(op, "index", index, ScalarType::Int);
   check_shape(op, "index", index, {-1});
   check_memory(op, "index", index);
   if (!index.is_contiguous()) fail(op, "index: expected a contiguous tensor");
-  check_range(op, "d", d, 1, kMaxElements);
-  check_range(op, "seed", seed, 0, INT64_MAX);
-}
-
-template <typename Kernels>
-void fill_uniform_index(const Tensor& index, int64_t d, int64_t seed, int64_t start) {
-  constexpr auto op = "fill_uniform_index";
-  check_fill(op, index, d, seed);
-  check_range(op, "start", start, 0, INT64_MAX - index.numel());
-  Kernels(index).fill_uniform_index(data<int32_t>(index), index.numel(), static_cast<uint32_t>(d),
-                                    static_cast<uint64_t>(seed), static_cast<uint64_t>(start));
-}
-
-template <typename Kernels>
-void fill_balanced_index(const Tensor& index, int64_t version, int64_t D, int64_t d, int64_t seed, int64_t start) {
-  constexpr auto op = "fill_balanced_index";
-  check_fill(op, index, d, seed);
-  check_range(op, "version", version, 1, kBalancedVersion);
-  check_range(op, "D", D, 1, kMaxElements);
-  check_range(op, "start", start, 0, D);  // before the sum, which could overflow
-  check_range(op, "start + len(index)", start + index.numel(), 0, D);
-  const BalancedMap map(version, static_cast<uint32_t>(D), static_cast<uint32_t>(d), static_cast<uint64_t>(seed));
-  Kernels(index).fill_balanced_index(data<int32_t>(index), index.numel(), map, static_cast<uint32_t>(start));
+  with_index_map(op, algorithm, version, D, d, seed, [&](const auto& map) {
+    if constexpr (std::is_same_v<decltype(map), const UniformMap&>) {  // of any positions, whatever D
+      check_range(op, "start", start, 0, INT64_MAX - index.numel());
+    } else {
+      check_range(op, "start", start, 0, D);  // before the sum, which could overflow
+      check_range(op, "start + len(index)", start + index.numel(), 0, D);
+    }
+    Kernels(index).fill_index(data<int32_t>(index), index.numel(), map, static_cast<uint64_t>(start));
+  });
 }
 
 inline void check_theta_d(const char* op, const Tensor& theta_d, const Tensor& scale, ScalarType dtype) {
@@ -71,9 +79,56 @@ inline void check_index(const char* op, const char* name, const Tensor& index, c
   check_memory(op, name, index);
 }
 
-}  // namespace unilora
+// A factor for each of n rows, where it is given.
+inline void check_value(const char* op, const std::optional<Tensor>& value, const Tensor& scale, int64_t n) {
+  if (!value.has_value()) return;
+  check_dtype(op, "value", *value, scale.scalar_type());
+  check_shape(op, "value", *value, {n});
+  check_same_device(op, "value", *value, "scale", scale);
+  check_memory(op, "value", *value);
+}
 
-// Registers index generation, which every device has in the same way.
-#define UNILORA_IMPL_INDEX(m, Kernels)                                            \
-  m.impl("fill_uniform_index", TORCH_BOX(&unilora::fill_uniform_index<Kernels>)); \
-  m.impl("fill_balanced_index", TORCH_BOX(&unilora::fill_balanced_index<Kernels>))
+// The values as kernels take them: while it lives, dense and at data<Acc>(), null without any.
+class Values {
+ public:
+  explicit Values(const std::optional<Tensor>& value) {
+    if (value.has_value()) held_ = torch::stable::contiguous(*value);
+  }
+  template <typename Acc>
+  const Acc* data() const {
+    return held_.has_value() ? const_data<Acc>(*held_) : nullptr;
+  }
+
+ private:
+  std::optional<Tensor> held_;
+};
+
+template <typename Kernels>
+Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, const std::optional<Tensor>& value,
+               ScalarType dtype) {
+  constexpr auto op = "project";
+  check_theta_d(op, theta_d, scale, dtype);
+  check_index(op, "index", index, "theta_d", theta_d);
+  check_value(op, value, scale, index.numel());
+  const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
+  const Tensor columns = torch::stable::contiguous(index);
+  const Values values(value);
+  const Kernels kernels(theta);
+  const Tensor out = kernels.new_vector(columns.numel(), dtype);
+  dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
+    using T = typename decltype(tag)::type;
+    using Acc = typename decltype(acc)::type;
+    kernels.gather(op, const_data<Acc>(theta), const_data<Acc>(factor), theta.numel(), const_data<int32_t>(columns),
+                   values.data<Acc>(), data<T>(out), columns.numel());
+  });
+  return out;
+}
+
+// What every device registers.
+template <typename Kernels, typename Library>
+void register_projection(Library& m) {
+  m.impl("fill_index", TORCH_BOX(&fill_index<Kernels>));
+  m.impl("project", TORCH_BOX(&project<Kernels>));
+}
+
+}  // namespace unilora

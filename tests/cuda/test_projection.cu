@@ -56,11 +56,12 @@ void test_uniform_index(std::mt19937_64& generator) {
       const uint32_t d = sizes[generator() % 5];
       const uint64_t seed = generator() >> 1;
       const Device<int32_t> device(static_cast<size_t>(n));
-      unilora::launch_uniform_index(device.get(), n, d, seed, start, nullptr);
+      const unilora::UniformMap map{d, seed};
+      unilora::launch_index(device.get(), n, map, start, nullptr);
       std::vector<int32_t> wanted(static_cast<size_t>(n));
       for (int64_t k = 0; k < n; ++k) {
         const uint64_t position = start + static_cast<uint64_t>(k);
-        const unilora::ColumnPair pair = unilora::uniform_columns(seed, position / 2, d);
+        const unilora::ColumnPair pair = unilora::uniform_columns(map, position / 2);
         wanted[k] = static_cast<int32_t>(position % 2 == 0 ? pair.even : pair.odd);
       }
       check(device.values() == wanted, "uniform_index: start " + to_string(start) + ", n " + to_string(n) + ", d " +
@@ -90,7 +91,7 @@ void test_balanced_index(std::mt19937_64& generator) {
       const uint64_t seed = generator() >> 1;
       const unilora::BalancedMap map(version, c.D, c.d, seed);
       const Device<int32_t> device(static_cast<size_t>(c.n));
-      unilora::launch_balanced_index(device.get(), c.n, map, c.start, nullptr);
+      unilora::launch_index(device.get(), c.n, map, c.start, nullptr);
       std::vector<int32_t> wanted(static_cast<size_t>(c.n));
       for (int64_t k = 0; k < c.n; ++k)
         wanted[k] = static_cast<int32_t>(map.column(c.start + static_cast<uint32_t>(k)));
@@ -124,33 +125,37 @@ std::vector<int32_t> random_index(std::mt19937_64& generator, const Shape& shape
 }
 
 template <typename T, typename Acc>
-void test_gather(std::mt19937_64& generator, const Shape& shape) {
+void test_gather(std::mt19937_64& generator, const Shape& shape, bool weighted) {
   const std::string name = std::string("gather<") + Type<T>::name + ", " + Type<Acc>::name + ">: D " +
-                           to_string(shape.D) + ", d " + to_string(shape.d);
+                           to_string(shape.D) + ", d " + to_string(shape.d) + (weighted ? ", values" : "");
+  const auto value = random_values<Acc>(generator, shape.D, Values::kReal);
   const auto theta = random_values<Acc>(generator, shape.d, Values::kReal);
   const auto scale = random_values<Acc>(generator, shape.d, Values::kReal);
   const auto index = random_index(generator, shape);
-  const Device<Acc> theta_d(theta), scale_d(scale);
+  const Device<Acc> theta_d(theta), scale_d(scale), value_d(value);
   const Device<int32_t> index_d(index);
   const auto run = [&] {
-    const Device<T> scaled(shape.d), out(shape.D);
-    unilora::launch_gather(theta_d.get(), scale_d.get(), scaled.get(), shape.d, index_d.get(), out.get(), shape.D,
-                           nullptr);
+    const Device<char> scratch(static_cast<size_t>(unilora::gather_scratch<T, Acc>(shape.d, weighted)));
+    const Device<T> out(shape.D);
+    unilora::launch_gather(theta_d.get(), scale_d.get(), scratch.get(), shape.d, index_d.get(),
+                           weighted ? value_d.get() : nullptr, out.get(), shape.D, nullptr);
     return out.values();
   };
   const std::vector<T> got = run();
   check(same_bits(got, run()), name + ": two launches differ");
   for (int64_t i = 0; i < shape.D; ++i) {
-    const T wanted = rounded<T>(exact(theta[index[i]] * scale[index[i]]));
+    const Acc scaled = theta[index[i]] * scale[index[i]];
+    const T wanted = rounded<T>(exact(weighted ? scaled * value[i] : scaled));
     check(exact(got[i]) == exact(wanted), name + ", i " + to_string(i) + ": expected " + to_string(exact(wanted)) +
                                               ", got " + to_string(exact(got[i])));
   }
 }
 
 template <typename T, typename Acc>
-void test_segment_sum(std::mt19937_64& generator, const Shape& shape, Values values) {
+void test_segment_sum(std::mt19937_64& generator, const Shape& shape, Values values, bool weighted) {
   const std::string name = std::string("segment_sum<") + Type<T>::name + ", " + Type<Acc>::name + ">: D " +
-                           to_string(shape.D) + ", d " + to_string(shape.d);
+                           to_string(shape.D) + ", d " + to_string(shape.d) + (weighted ? ", values" : "");
+  const auto value = random_values<Acc>(generator, shape.D, values);
   const auto grad = random_values<T>(generator, shape.D, values);
   const auto scale = random_values<Acc>(generator, shape.d, values);
   const auto index = random_index(generator, shape);
@@ -161,18 +166,18 @@ void test_segment_sum(std::mt19937_64& generator, const Shape& shape, Values val
   for (int64_t j = 0; j < shape.d; ++j) offsets[j + 1] += offsets[j];
 
   const Device<T> grad_d(grad);
-  const Device<Acc> scale_d(scale);
+  const Device<Acc> scale_d(scale), value_d(value);
   const Device<int32_t> order_d(order), offsets_d(offsets);
   const auto run = [&] {
     const Device<Acc> out(shape.d);
-    unilora::launch_segment_sum(grad_d.get(), shape.D, scale_d.get(), shape.d, order_d.get(), offsets_d.get(),
-                                out.get(), nullptr);
+    unilora::launch_segment_sum(grad_d.get(), weighted ? value_d.get() : nullptr, shape.D, scale_d.get(), shape.d,
+                                order_d.get(), offsets_d.get(), out.get(), nullptr);
     return out.values();
   };
   const std::vector<Acc> got = run();
   check(same_bits(got, run()), name + ": two launches differ");
   std::vector<Sum> sums(static_cast<size_t>(shape.d));
-  for (int64_t i = 0; i < shape.D; ++i) sums[index[i]].add(exact(grad[i]));
+  for (int64_t i = 0; i < shape.D; ++i) sums[index[i]].add(exact(grad[i]) * (weighted ? exact(value[i]) : 1));
   for (int64_t j = 0; j < shape.d; ++j)
     check(close<Acc, Acc>(got[j], sums[j], exact(scale[j]), values),
           name + ", column " + to_string(j) + " of " + to_string(sums[j].terms) + " members: expected " +
@@ -184,9 +189,11 @@ void test_projection(std::mt19937_64& generator) {
   // D = 0; one element; d = 1; d > D; few and many members a column; a column that a whole block sums
   const Shape shapes[] = {{0, 5}, {1, 1}, {701, 1}, {17, 301}, {1021, 333}, {999, 101}, {801, 9}, {777, 300, true}};
   for (const Shape& shape : shapes) {
-    test_gather<T, Acc>(generator, shape);
-    test_segment_sum<T, Acc>(generator, shape, Values::kReal);
-    test_segment_sum<T, Acc>(generator, shape, Values::kInteger);
+    for (const bool weighted : {false, true}) {
+      test_gather<T, Acc>(generator, shape, weighted);
+      test_segment_sum<T, Acc>(generator, shape, Values::kReal, weighted);
+      test_segment_sum<T, Acc>(generator, shape, Values::kInteger, weighted);
+    }
   }
 }
 
@@ -212,12 +219,15 @@ void test_out_of_range() {
   const auto gather = [](int32_t column) {
     const Device<float> theta(std::vector<float>{1, 2, 3}), scaled(3), out(2);
     const Device<int32_t> index(std::vector<int32_t>{1, column});
-    unilora::launch_gather(theta.get(), theta.get(), scaled.get(), 3, index.get(), out.get(), 2, nullptr);
+    const float* no_value = nullptr;
+    unilora::launch_gather(theta.get(), theta.get(), scaled.get(), 3, index.get(), no_value, out.get(), 2, nullptr);
   };
   const auto segment_sum = [](int32_t member, int32_t last_offset) {
     const Device<float> grad(std::vector<float>{1, 2}), scale(std::vector<float>{1, 1}), out(2);
     const Device<int32_t> order(std::vector<int32_t>{0, member}), offsets(std::vector<int32_t>{0, 1, last_offset});
-    unilora::launch_segment_sum(grad.get(), 2, scale.get(), 2, order.get(), offsets.get(), out.get(), nullptr);
+    const float* no_value = nullptr;
+    unilora::launch_segment_sum(grad.get(), no_value, 2, scale.get(), 2, order.get(), offsets.get(), out.get(),
+                                nullptr);
   };
   check(!stops([&] { gather(2); }), "gather: index 2 of d = 3 was refused");
   check(stops([&] { gather(3); }), "gather: index 3 of d = 3 was not refused");

@@ -19,7 +19,7 @@ class BalancedProjection(SeededProjection):
     versions = (1, 2)
 
     def _fill(self, index: Tensor, start: int) -> None:
-        torch.ops.unilora.fill_balanced_index(index, self.version, self.D, self.d, self.seed, start)
+        torch.ops.unilora.fill_index(index, self.name, self.version, self.D, self.d, self.seed, start)
 
     @property
     def counts(self) -> Tensor:

@@ -62,7 +62,7 @@ class Rows(ABC):
     @abstractmethod
     def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """The operator that gathers these rows from theta_d in `dtype`, and what it takes between theta_d and the dtype
-        of the result (for ``project``, the members beyond it too)."""
+        of the result."""
 
     @property
     @abstractmethod
@@ -100,16 +100,16 @@ class StoredRows(Rows):
         return order.int(), torch.searchsorted(columns, bounds).int()
 
     def _gather(self, theta_d: Tensor, dtype: torch.dtype) -> Tensor:
-        return ops.project(theta_d, self.scale(theta_d.dtype), self.index, dtype)
+        return ops.project(theta_d, self.scale(theta_d.dtype), self.index, None, dtype)
 
     def _scatter(self, g_D: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         if self.index.is_cuda:
             whole = g_D[0] if len(g_D) == 1 else torch.cat([piece.flatten() for piece in g_D])
-            return ops.project_segment_sum(whole, self.scale(dtype), *self.members())
-        return ops.project_scatter(g_D, self.scale(dtype), self.index)
+            return ops.project_segment_sum(whole, self.scale(dtype), *self.members(), None)
+        return ops.project_scatter(g_D, self.scale(dtype), self.index, None)
 
     def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        return "project", self.scale(dtype), self.index, *(self.members() if self.index.is_cuda else ())
+        return "project", self.scale(dtype), self.index, None
 
     @property
     def nbytes(self) -> int:

@@ -15,4 +15,4 @@ class UniformProjection(SeededProjection):
     name = "uniform"
 
     def _fill(self, index: Tensor, start: int) -> None:
-        torch.ops.unilora.fill_uniform_index(index, self.d, self.seed, start)
+        torch.ops.unilora.fill_index(index, self.name, self.version, self.D, self.d, self.seed, start)
