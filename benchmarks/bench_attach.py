@@ -21,7 +21,7 @@ def run(options: Options) -> list[Row]:
         with torch.device("meta"):
             layers = nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in model.modules))
         adapter = ul.attach(layers, config)
-        adapter.projection.rows("cpu").scale(torch.float32)
+        adapter.projection.restrict("cpu").scale(torch.float32)
 
     def theirs() -> None:
         UniLoraModel.generate_index(model.D, model.d, UniLoraConfig().proj_seed)
@@ -31,7 +31,7 @@ def run(options: Options) -> list[Row]:
     rows = list(rows_of("attach", case, times, "PEFT UniLora, index alone"))
     for size in MODELS:
         stored, computed = (
-            ul.UniformProjection(size.D, size.d, materialize=m).rows("cpu").nbytes for m in (True, False)
+            ul.UniformProjection(size.D, size.d, materialize=m).restrict("cpu").nbytes for m in (True, False)
         )
         kept = {"unilora_ext": stored, "unilora_ext, computed": computed, "PEFT UniLora": peft_factors(size)[2]}
         for name, nbytes in kept.items():

@@ -44,7 +44,7 @@ def test_a_computed_index_changes_nothing(projection):
     for model in (stored, computed):
         model(x).square().sum().backward()
     assert torch.equal(stored(x), computed(x)) and torch.equal(adapters[0].theta_d.grad, adapters[1].theta_d.grad)
-    assert adapters[1].projection.rows("cpu").nbytes == 0
+    assert adapters[1].projection.restrict("cpu").nbytes == 0
 
 
 def test_gradient_is_the_projected_dense_gradient():

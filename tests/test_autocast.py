@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import unilora_ext as ul
-from unilora_ext import ops, reference
+from unilora_ext import functional, reference
 
 operators = torch.ops.unilora
 HALVES = [torch.bfloat16, torch.float16]
@@ -54,7 +54,7 @@ def test_a_backward_is_what_it_is_outside(device, dtype, outer):
     x, weight, bias, A, B = (t.requires_grad_() for t in inputs(device, dtype))
     for function in (
         lambda: ul.lora_linear(x, weight, bias, A, B, 0.7),
-        lambda: ops.lora_update(nn.functional.linear(x, weight, bias), x, A, B, 0.7),
+        lambda: functional.lora_update(nn.functional.linear(x, weight, bias), x, A, B, 0.7),
     ):
         y = function()
         grad_y = torch.randn(y.shape, device=device).to(dtype)

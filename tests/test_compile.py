@@ -8,7 +8,7 @@ from models import Tower, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import unilora_ext as ul
-from unilora_ext import ops
+from unilora_ext import functional
 
 CONFIG = ul.UniLoRAConfig(r=3, d=64, target_modules=["up", "down"], modules_to_save=["head"], alpha=1.5, init_bound=0.5)
 
@@ -225,8 +225,8 @@ def test_a_compiled_update_keeps_h_in_float32():
     )
     expected = (y.double() + (x.double() @ A.double().T) @ B.double().T).half()
     assert torch.isfinite(expected).all() and (x.float() @ A.float().T).max() > 65504
-    compiled = torch.compile(ops.lora_update, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(y.clone(), x, A, B), ops.lora_update(y.clone(), x, A, B))
+    compiled = torch.compile(functional.lora_update, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(y.clone(), x, A, B), functional.lora_update(y.clone(), x, A, B))
     torch.testing.assert_close(compiled(y.clone(), x, A, B), expected, rtol=2e-3, atol=2e-3)
 
 

@@ -78,7 +78,7 @@ def test_examples_with_results():
 
 def test_every_public_name_is_in_the_reference():
     shown = set(re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in ROOT.glob("docs/api/*.md")), re.M))
-    of_modules = {"lora_linear": "unilora_ext.ops.lora_linear"}
+    of_modules = {"lora_linear": "unilora_ext.functional.lora_linear"}
     missing = [
         name
         for name in ul.__all__
@@ -87,4 +87,4 @@ def test_every_public_name_is_in_the_reference():
         and of_modules.get(name, f"unilora_ext.{name}") not in shown
     ]
     assert missing == []
-    assert all(f"unilora_ext.ops.{name}" in shown for name in ("project", "project_transpose", "lora_update"))
+    assert all(f"unilora_ext.functional.{name}" in shown for name in ("project", "project_transpose", "lora_update"))

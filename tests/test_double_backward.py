@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import unilora_ext as ul
-from unilora_ext import ops, reference
+from unilora_ext import functional, reference
 
 operators = torch.ops.unilora
 
@@ -29,7 +29,7 @@ def test_lora_linear(device, leading, raw):
 def test_lora_update(device, raw):
     tensors = draw((2, 3), (2, 4), (2, 4), (3, 2), device=device)
     function = (
-        (lambda *t: operators.lora_update(*t, -0.7)[0]) if raw else (lambda y, *t: ops.lora_update(y * 1, *t, -0.7))
+        (lambda *t: operators.lora_update(*t, -0.7)[0]) if raw else (lambda y, *t: functional.lora_update(y * 1, *t, -0.7))
     )
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
@@ -129,7 +129,7 @@ def test_forward_mode_of_a_projection_is_an_error(device, form):
     D, d = 12, 5
     P = ul.UniformProjection(D, d, seed=3)
     scale, seeded = P.scale.to(device), ("uniform", 1, D, 3, [0, D])
-    index, order, offsets = P.index.to(device), *(t.to(device) for t in P.rows("cpu").members())
+    index, order, offsets = P.index.to(device), *(t.to(device) for t in P.restrict("cpu").members())
     vector, value = torch.randn(d if form in ("project", "seeded") else D, device=device), torch.rand(D, device=device)
     calls = {
         "project": lambda v: operators.project(v, scale, index, value, torch.float32),

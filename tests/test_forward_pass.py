@@ -9,7 +9,7 @@ from models import Tower, dense_update, tokens
 from torch import nn
 
 import unilora_ext as ul
-from unilora_ext import ops
+from unilora_ext.projections import Restriction
 
 CONFIG = ul.UniLoRAConfig(r=2, d=40, target_modules=["up", "down"], seed=5, init_bound=0.5)
 
@@ -17,13 +17,13 @@ CONFIG = ul.UniLoRAConfig(r=2, d=40, target_modules=["up", "down"], seed=5, init
 @pytest.fixture
 def projections(monkeypatch):
     """The sizes of all projections made, in order."""
-    sizes, project = [], ops.project_factors
+    sizes, matrices = [], Restriction.matrices
 
-    def counted(theta_d, rows, shapes, dtype):
-        sizes.append(len(rows))
-        return project(theta_d, rows, shapes, dtype)
+    def counted(restriction, *args):
+        sizes.append(len(restriction))
+        return matrices(restriction, *args)
 
-    monkeypatch.setattr(ops, "project_factors", counted)
+    monkeypatch.setattr(Restriction, "matrices", counted)
     return sizes
 
 
@@ -95,8 +95,7 @@ def test_a_sub_module_called_alone(projections):
 
     del projections[:]
     model.blocks[1](x).square().sum().backward()
-    slot = adapter.vector.slots[2]
-    assert projections == [slot.stop - slot.start, adapter.vector.slots[3].stop - adapter.vector.slots[3].start]
+    assert projections == [stop - start for start, stop in map(adapter.vector.layout.range_of, (2, 3))]
     alone = adapter.theta_d.grad.clone()
 
     only = Tower().double()
@@ -251,7 +250,7 @@ def test_model_on_several_devices(projections):
     del projections[:]
     first, second = model(torch.ones(2, 12))
     assert torch.equal(first, y) and second.is_meta
-    sizes = [slot.stop - slot.start for slot in adapter.vector.slots]
+    sizes = [stop - start for start, stop in map(adapter.vector.layout.range_of, range(len(adapter.vector.layout)))]
     assert projections == [sum(sizes[:2]), sum(sizes[2:])]
 
 

@@ -89,7 +89,7 @@ def test_every_name_is_that_of_its_module():
     assert ul.__version__ == ul._C.version
 
 
-@pytest.mark.parametrize("name", ["attach", "ops", "trace", "reference", "integrations", "_C", "__version__"])
+@pytest.mark.parametrize("name", ["attach", "functional", "nvtx", "reference", "integrations", "_C", "__version__"])
 def test_a_name_is_there_on_first_use(name):
     for program in (f"import unilora_ext as ul; print(ul.{name})", f"from unilora_ext import {name}; print({name})"):
         assert python(program).strip()
@@ -104,7 +104,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 @pytest.mark.parametrize(
     "imports",
-    ["import torch, unilora_ext", "import unilora_ext, torch; unilora_ext.ops", "import unilora_ext.ops, torch"],
+    ["import torch, unilora_ext", "import unilora_ext, torch; unilora_ext.functional", "import unilora_ext.functional, torch"],
 )
 def test_operators_are_registered(imports):
     """With their derivatives and fake kernels."""

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import unilora_ext as ul
-from unilora_ext import ops as functions
+from unilora_ext import functional as functions
 from unilora_ext import reference
 
 ops = torch.ops.unilora

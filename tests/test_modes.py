@@ -74,14 +74,14 @@ def test_a_projection_first_used_in_a_mode(kind, mode):
         ("P", "P^T", "index", "counts", "scale", "dense"), expected, during, after, strict=True
     ):
         assert all(t.dtype == wanted.dtype and t.device == wanted.device and torch.equal(t, wanted) for t in got), name
-    for t in (P.scale, P.column_scale(), *(t for t in [getattr(P.rows("cpu"), "index", None)] if t is not None)):
+    for t in (P.scale, P.column_scale(), *(t for t in [getattr(P.restrict("cpu"), "index", None)] if t is not None)):
         assert not t.is_inference()
     leaf = theta_d.clone().requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(P(leaf), leaf, g_D)[0], expected[1])
 
 
 def test_members_first_made_in_inference_mode():
-    rows = KINDS["uniform"]().rows("cpu")
+    rows = KINDS["uniform"]().restrict("cpu")
     with torch.inference_mode():
         rows.members()
     assert not any(t.is_inference() for t in rows.members())

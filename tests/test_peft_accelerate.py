@@ -31,10 +31,10 @@ def theta_d(model, name="default"):
 
 def fused(model, monkeypatch, x):
     """(y, how many layers ran as one fused operator)."""
-    from unilora_ext import ops
+    from unilora_ext import functional
 
-    calls, run = [], ops.lora_linear
-    monkeypatch.setattr(ops, "lora_linear", lambda *args: calls.append(0) or run(*args))
+    calls, run = [], functional.lora_linear
+    monkeypatch.setattr(functional, "lora_linear", lambda *args: calls.append(0) or run(*args))
     y = model(x)
     monkeypatch.undo()
     return y, len(calls)
@@ -68,11 +68,11 @@ def test_outputs_and_gradients(r, d, seed, monkeypatch):
 
 
 def test_one_projection_for_all_layers(monkeypatch):
-    from unilora_ext import ops
+    from unilora_ext import functional
 
     _, fast = pair()
-    calls, project = [], ops.project_factors
-    monkeypatch.setattr(ops, "project_factors", lambda *args: calls.append(0) or project(*args))
+    calls, project = [], Restriction.matrices
+    monkeypatch.setattr(Restriction, "matrices", lambda *args: calls.append(0) or project(*args))
     fast(tokens()).sum().backward()
     assert len(calls) == 1
     fast.base_model.model.blocks[0].up(torch.randn(2, 12))  # a layer called alone projects its own rows
@@ -107,8 +107,8 @@ def test_nothing_is_stored_an_element():
             assert not buffers._buffers.stored
     fast(tokens())
     projection = fast.base_model._vectors.by_adapter["default"].projection
-    assert projection.D == D and projection.rows("cpu").nbytes == 4 * D
-    assert projection.rows("cpu").index.data_ptr() == projection._index.data_ptr()
+    assert projection.D == D and projection.restrict("cpu").nbytes == 4 * D
+    assert projection.restrict("cpu").index.data_ptr() == projection._index.data_ptr()
 
 
 @pytest.mark.parametrize("copied", ["deepcopy", "torch.save"])

@@ -72,7 +72,7 @@ def test_ranges_counts_and_copies():
     P = ul.PeftProjection(1003, 60, seed=5)
     assert torch.equal(torch.cat([P.columns(0, 17), P.columns(17, 17), P.columns(17, 1003)]), P.index)
     assert torch.equal(P.counts, torch.bincount(P.index, minlength=60).int())
-    assert P.rows("cpu").nbytes == 4 * 1003 and P.columns(3, 9, device="meta").shape == (6,)
+    assert P.restrict("cpu").nbytes == 4 * 1003 and P.columns(3, 9, device="meta").shape == (6,)
     assert torch.equal(pickle.loads(pickle.dumps(P)).index, P.index)
     with pytest.raises(ul.UniLoRAError, match="rows: expected 0 <= start <= stop <= 1003, got 4, 1004"):
         P.columns(4, 1004)

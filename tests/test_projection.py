@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import unilora_ext as ul
-from unilora_ext import ops as functions
 from unilora_ext import reference
 
 ops = torch.ops.unilora
@@ -98,7 +97,7 @@ def test_rows_alone_equal_the_whole(device):
     weights = torch.randn(1000, device=device)
     (whole * weights).sum().backward()
     expected, theta_d.grad = theta_d.grad, None
-    pieces = [functions.project(theta_d, P.rows(device, [r])) for r in [(0, 1), (1, 500), (500, 1000)]]
+    pieces = [P.restrict(device, [r]).project(theta_d) for r in [(0, 1), (1, 500), (500, 1000)]]
     assert torch.equal(torch.cat(pieces), whole)
     (torch.cat(pieces) * weights).sum().backward()
     torch.testing.assert_close(theta_d.grad, expected, rtol=1e-5, atol=1e-5)
@@ -107,14 +106,14 @@ def test_rows_alone_equal_the_whole(device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_several_ranges(device, kind):
     P = kind(600, 17, seed=8)
-    rows = P.rows(device, [(10, 50), (301, 302), (500, 600)])
+    rows = P.restrict(device, [(10, 50), (301, 302), (500, 600)])
     theta_d = torch.randn(17, device=device, requires_grad=True)
-    whole, part = P(theta_d), functions.project(theta_d, rows)
+    whole, part = P(theta_d), rows.project(theta_d)
     chosen = torch.cat([torch.arange(10, 50), torch.arange(301, 302), torch.arange(500, 600)]).to(device)
     assert len(rows) == 141 and torch.equal(part, whole[chosen])
     g = torch.randn(len(chosen), device=device)
     full = torch.zeros(600, device=device).index_copy(0, chosen, g)
-    torch.testing.assert_close(functions.project_transpose(g, rows), P.transpose(full), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows.project_transpose(g), P.transpose(full), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +128,7 @@ def test_factors_are_the_projection_cut_up(device, kind, materialize, threads):
     for count in (1, 2, 3):
         threads(count)
         theta_d = torch.randn(97, device=device, requires_grad=True)
-        factors = functions.project_factors(theta_d, P.rows(device), shapes, torch.float32)
+        factors = P.restrict(device).matrices(theta_d, shapes, torch.float32)
         assert [tuple(f.shape) for f in factors] == shapes
         assert torch.equal(torch.cat([f.flatten() for f in factors]), P(theta_d))
         grads = [torch.randn(n, m, device=device).T for m, n in shapes]
@@ -162,12 +161,12 @@ def test_computed_rows_equal_stored_ones_to_the_bit(kind, D, d, dtype, threads):
     ranges = [(D // 7, D // 3), (D // 2 + 1, D)] if D > 20 else [(0, D)]
     for count in (1, 2, 3):
         threads(count)
-        for of in (lambda P: P.rows("cpu"), lambda P: P.rows("cpu", ranges)):
+        for of in (lambda P: P.restrict("cpu"), lambda P: P.restrict("cpu", ranges)):
             rows = of(computed)
             g = g_D[: len(rows)]
             assert rows.nbytes == 0 and len(rows) == len(of(stored))
-            assert torch.equal(functions.project(theta_d, rows, dtype), functions.project(theta_d, of(stored), dtype))
-            assert torch.equal(functions.project_transpose(g, rows), functions.project_transpose(g, of(stored)))
+            assert torch.equal(rows.project(theta_d, dtype), of(stored).project(theta_d, dtype))
+            assert torch.equal(rows.project_transpose(g), of(stored).project_transpose(g))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,7 +204,7 @@ def test_non_contiguous_and_half_inputs(device):
 
 def test_members_of_stored_rows(device):
     for D, d in SIZES:
-        rows = ul.UniformProjection(D, d, seed=1).rows(device)
+        rows = ul.UniformProjection(D, d, seed=1).restrict(device)
         order, offsets = (t.cpu().long() for t in rows.members())
         assert offsets[0] == 0 and offsets[-1] == D and sorted(order.tolist()) == list(range(D))
         index = rows.index.cpu()
@@ -229,7 +228,7 @@ def in_pieces(operator):
 def arguments(device, dtype=torch.float64, requires_grad=True):
     """Arguments of every projection operator of a device."""
     D, d = 61, 9
-    rows = ul.UniformProjection(D, d, seed=3).rows(device)
+    rows = ul.UniformProjection(D, d, seed=3).restrict(device)
     scale = torch.rand(d, device=device, dtype=dtype)
     theta_d = torch.randn(d, dtype=dtype, device=device, requires_grad=requires_grad)
     g_D = torch.randn(D, dtype=dtype, device=device, requires_grad=requires_grad)
@@ -436,7 +435,7 @@ def test_projection_constructors_name_what_is_wrong():
 
 def test_bytes_kept_an_element(device):
     P = ul.UniformProjection(36864, 4096)
-    rows = P.rows(device)
+    rows = P.restrict(device)
     P.transpose(torch.randn(P.D, device=device))
     assert rows.nbytes <= (8 * P.D + 4 * P.d + 4 if device.type == "cuda" else 4 * P.D)
-    assert ul.UniformProjection(36864, 4096, materialize=False).rows("cpu").nbytes == 0
+    assert ul.UniformProjection(36864, 4096, materialize=False).restrict("cpu").nbytes == 0

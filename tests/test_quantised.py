@@ -12,7 +12,7 @@ from models import snapshot
 from torch import nn
 
 import unilora_ext as ul
-from unilora_ext import ops
+from unilora_ext import functional
 
 
 class PackedLinear(nn.Module):
@@ -240,13 +240,13 @@ def test_lora_update_is_in_place_where_it_may_be(device, dtype):
     y = torch.randn(2, 5, 11, device=device).to(dtype).requires_grad_()
     expected = y.double() + 0.7 * (x.double() @ A.double().T) @ B.double().T
     for start in (y * 1, y, (y * 1).unsqueeze(0)[0], (y * 1).mT.contiguous().mT):
-        result = ops.lora_update(start, x, A, B, 0.7)
+        result = functional.lora_update(start, x, A, B, 0.7)
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(result.double(), expected, rtol=8 * eps, atol=16 * eps)
         assert (result.data_ptr() == start.data_ptr()) == (start._is_view() is False and start is not y)
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, (y, x, A, B), grad)
-    got = torch.autograd.grad(ops.lora_update(y * 1, x, A, B, 0.7), (y, x, A, B), grad.to(dtype))
+    got = torch.autograd.grad(functional.lora_update(y * 1, x, A, B, 0.7), (y, x, A, B), grad.to(dtype))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=float(60 * eps * b.abs().max()))
 
@@ -254,7 +254,7 @@ def test_lora_update_is_in_place_where_it_may_be(device, dtype):
 def test_lora_update_gradcheck_opcheck_and_bad_input():
     x, A, B, y = (torch.randn(*s, dtype=torch.float64) for s in [(5, 4), (2, 4), (3, 2), (5, 3)])
     inputs = [t.requires_grad_() for t in (y, x, A, B)]
-    assert torch.autograd.gradcheck(lambda y, *rest: ops.lora_update(y * 1, *rest, -0.5), inputs)
+    assert torch.autograd.gradcheck(lambda y, *rest: functional.lora_update(y * 1, *rest, -0.5), inputs)
     op = torch.ops.unilora.lora_update_
     torch.library.opcheck(op, (*(t.detach() for t in (y, x, A, B)), 2.0))
     for wrong, message in (

@@ -5,7 +5,7 @@ import torch
 from models import Tower, tokens
 
 import unilora_ext as ul
-from unilora_ext import trace
+from unilora_ext import nvtx
 
 OPERATORS = {
     "unilora::project", "unilora::project_scatter", "unilora::lora_linear", "unilora::lora_linear_backward",
@@ -17,7 +17,7 @@ CONFIG = ul.UniLoRAConfig(r=3, d=64, target_modules=["up", "down"])
 
 
 @pytest.fixture
-def nvtx(monkeypatch):
+def ranges(monkeypatch):
     """The ranges that would go to nsys, as (depth, name), in a PyTorch without CUDA too."""
     seen, depth = [], [0]
 
@@ -31,7 +31,7 @@ def nvtx(monkeypatch):
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", push)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", pop)
     yield seen
-    trace.enable(False)
+    nvtx.enable(False)
     assert depth == [0]
 
 
@@ -50,33 +50,33 @@ def test_operators_show_in_the_profiler():
     assert counts["unilora::lora_linear"] == counts["unilora::lora_linear_backward"] == 6
 
 
-def test_ranges_are_balanced_and_off_by_default(nvtx):
+def test_ranges_are_balanced_and_off_by_default(ranges):
     model = Tower()
     ul.attach(model, CONFIG)
     step(model)
-    assert nvtx == [] and not trace.enabled()
-    trace.enable()
+    assert ranges == [] and not nvtx.enabled()
+    nvtx.enable()
     step(model)
-    names = [name for _, name in nvtx]
+    names = [name for _, name in ranges]
     assert set(names) == RANGES and names.count("unilora::project") == names.count("unilora::project_backward") == 1
     assert names.count("unilora::lora_linear") == names.count("unilora::lora_linear_backward") == 6
-    assert {depth for depth, _ in nvtx} == {0}
-    nvtx.clear()
-    trace.enable(False)
+    assert {depth for depth, _ in ranges} == {0}
+    ranges.clear()
+    nvtx.enable(False)
     step(model)
-    assert nvtx == []
+    assert ranges == []
 
 
-def test_a_failing_operator_closes_its_range(nvtx):
-    trace.enable()
+def test_a_failing_operator_closes_its_range(ranges):
+    nvtx.enable()
     with pytest.raises(RuntimeError, match="lora_linear: x: expected shape"):
         ul.lora_linear(torch.randn(2, 5), torch.randn(3, 4), None, torch.randn(1, 4), torch.randn(3, 1))
-    assert [name for _, name in nvtx] == ["unilora::lora_linear"]
+    assert [name for _, name in ranges] == ["unilora::lora_linear"]
 
 
-def test_tracing_changes_no_result(nvtx):
+def test_tracing_changes_no_result(ranges):
     model, x = Tower(), tokens()
     ul.attach(model, CONFIG)
     expected = model(x)
-    trace.enable()
+    nvtx.enable()
     assert torch.equal(model(x), expected)

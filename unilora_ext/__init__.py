@@ -10,7 +10,7 @@
 Names are imported when they are first used, so that ``unilora --help`` need not wait for PyTorch. The operators
 ``torch.ops.unilora`` are registered by ``import unilora_ext`` where torch has been imported before it, and else by the
 first name used. Who calls them by themselves in a program that imports torch later writes
-``import unilora_ext.ops``.
+``import unilora_ext.functional``.
 """
 
 import importlib
@@ -18,39 +18,35 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
+from unilora_ext.family import FAMILY
+
 if TYPE_CHECKING:
     from unilora_ext import distributed, integrations
     from unilora_ext._native import _C as _C
     from unilora_ext._native import __version__
-    from unilora_ext.adapter import Adapter, attach, get_adapter
-    from unilora_ext.checkpoint import AdapterFile, load, read
+    from unilora_ext.adapter import Adapter, get_adapter
+    from unilora_ext.attaching import attach
+    from unilora_ext.checkpoint import AdapterFile, read
     from unilora_ext.config import UniLoRAConfig, default_d
     from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
+    from unilora_ext.functional import lora_linear
     from unilora_ext.linear import UniLoRALinear
-    from unilora_ext.ops import lora_linear
-    from unilora_ext.projections import (
-        BalancedProjection,
-        OneHotProjection,
-        PeftProjection,
-        Projection,
-        UniformProjection,
-    )
+    from unilora_ext.loading import load
+    from unilora_ext.projections import OneHotProjection, Projection
     from unilora_ext.shared_vector import SharedVector
 
 __all__ = [
+    *FAMILY.values(),
     "Adapter",
     "AdapterFile",
     "AdapterFileError",
     "AttachError",
-    "BalancedProjection",
     "OneHotProjection",
-    "PeftProjection",
     "Projection",
     "SharedVector",
     "UniLoRAConfig",
     "UniLoRAError",
     "UniLoRALinear",
-    "UniformProjection",
     "__version__",
     "attach",
     "default_d",
@@ -64,19 +60,15 @@ __all__ = [
 
 _NAMES = {
     "_native": ("_C", "__version__"),
-    "adapter": ("Adapter", "attach", "get_adapter"),
-    "checkpoint": ("AdapterFile", "load", "read"),
+    "adapter": ("Adapter", "get_adapter"),
+    "attaching": ("attach",),
+    "checkpoint": ("AdapterFile", "read"),
     "config": ("UniLoRAConfig", "default_d"),
     "errors": ("AdapterFileError", "AttachError", "UniLoRAError"),
     "linear": ("UniLoRALinear",),
-    "ops": ("lora_linear",),
-    "projections": (
-        "BalancedProjection",
-        "OneHotProjection",
-        "PeftProjection",
-        "Projection",
-        "UniformProjection",
-    ),
+    "functional": ("lora_linear",),
+    "loading": ("load",),
+    "projections": ("OneHotProjection", "Projection", *FAMILY.values()),
     "shared_vector": ("SharedVector",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
@@ -102,7 +94,7 @@ def __dir__() -> list[str]:
 
 def _register_operators() -> None:
     if "torch" in sys.modules:
-        importlib.import_module("unilora_ext.ops")
+        importlib.import_module("unilora_ext.functional")
 
 
 _register_operators()

@@ -18,7 +18,7 @@ from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from unilora_ext import trace
+from unilora_ext import nvtx
 from unilora_ext._operators import accumulator_dtype, below_autograd, library
 
 __all__ = ["LoraLinearFunction", "LoraUpdateFunction", "autocast_dtype", "autocasting"]
@@ -37,7 +37,7 @@ class LoraLinearFunction(Function):
     # costs a small layer as much as its low-rank part.
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling, keyset=None):
-        with trace.span("unilora::lora_linear"):
+        with nvtx.span("unilora::lora_linear"):
             y, h = below_autograd(operators.lora_linear.default, keyset, x, weight, bias, A, B, scaling)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(h)
@@ -51,7 +51,7 @@ class LoraLinearFunction(Function):
             return (None,) * 7
         x, h, weight, A, B = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
-        with trace.span("unilora::lora_linear_backward"), _ExcludeDispatchKeyGuard(_AUTOCAST):
+        with nvtx.span("unilora::lora_linear_backward"), _ExcludeDispatchKeyGuard(_AUTOCAST):
             grad_x, grad_A, grad_B = _gradients(grad_y, x, h, weight, A, B, ctx.scaling, need_x, need_A, need_B)
             # W and b are frozen in Uni-LoRA; a caller that trains them all the same gets their plain gradients.
             grad_weight = _rows(grad_y).T @ _rows(x) if need_weight else None
@@ -64,7 +64,7 @@ class LoraUpdateFunction(Function):
 
     @staticmethod
     def forward(ctx, y, x, A, B, scaling):
-        with trace.span("unilora::lora_update"):
+        with nvtx.span("unilora::lora_update"):
             h = below_autograd(operators.lora_update_.default, None, y, x, A, B, scaling)
         ctx.mark_dirty(y)
         ctx.set_materialize_grads(False)
@@ -77,7 +77,7 @@ class LoraUpdateFunction(Function):
         if grad_y is None:
             return (None,) * 5
         x, h, A, B = ctx.saved_tensors
-        with trace.span("unilora::lora_update_backward"), _ExcludeDispatchKeyGuard(_AUTOCAST):
+        with nvtx.span("unilora::lora_update_backward"), _ExcludeDispatchKeyGuard(_AUTOCAST):
             grads = _gradients(grad_y, x, h, None, A, B, ctx.scaling, *ctx.needs_input_grad[1:4])
         return grad_y, *grads, None
 

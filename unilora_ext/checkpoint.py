@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,17 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext import _C
-from unilora_ext.adapter import Adapter, _attach, named_slots, plan, saved_tensors
+from unilora_ext.attachment import Attached
 from unilora_ext.config import UniLoRAConfig
-from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
+from unilora_ext.errors import AdapterFileError
 from unilora_ext.files import locked, open_file, read_all, replace_file, sweep
-from unilora_ext.ops import accumulator_dtype
-from unilora_ext.projections import Projection
-from unilora_ext.record import ENTRY, FORMAT, FORMAT_VERSION, LAYOUTS, check_json, digest, parse
-from unilora_ext.sharded_tensors import copy_, full, is_writer, settle
-from unilora_ext.targets import Target
+from unilora_ext.projections import projection_class
+from unilora_ext.record import ENTRY, FORMAT, FORMAT_VERSION, check_json, digest, parse
+from unilora_ext.sharded_tensors import full, is_writer, reshard
 
-__all__ = ["AdapterFile", "load", "read", "save"]
+__all__ = ["AdapterFile", "read", "save"]
 
 THETA_D_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WRITTEN = re.compile(
@@ -62,6 +60,7 @@ class AdapterFile:
         record: the content of ``adapter.json``.
         config: the configuration it was trained with.
         theta_d: [d], on the CPU.
+        parts: what the projection keeps beside it, on the CPU.
         modules_to_save: tensors by full name, on the CPU.
     """
 
@@ -69,6 +68,7 @@ class AdapterFile:
     record: Mapping[str, Any]
     config: UniLoRAConfig
     theta_d: Tensor
+    parts: dict[str, Tensor]
     modules_to_save: dict[str, Tensor]
 
     @property
@@ -85,14 +85,14 @@ class AdapterFile:
 # ---- save -----------------------------------------------------------------------------------------------------------
 
 
-def save(adapter: Adapter, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
+def save(adapter: Attached, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
     """Writes an adapter to `folder`; see :meth:`Adapter.save`."""
     folder, metadata = Path(folder), {} if metadata is None else metadata
     check_json(metadata, "save: metadata")
-    settle(adapter.model)
+    reshard(adapter.model)
     record = _describe(adapter, metadata)
     tensors = {
-        "theta_d": {"theta_d": adapter.theta_d},
+        "theta_d": {"theta_d": adapter.theta_d, **_stored_parts(adapter)},
         "modules_to_save": adapter.modules_to_save(),
     }
     contents = {kind: _safetensors_bytes(part) for kind, part in tensors.items() if part}
@@ -108,10 +108,10 @@ def save(adapter: Adapter, folder: str | Path, metadata: dict[str, Any] | None =
         sweep(folder, _WRITTEN, names.values(), alone)
 
 
-def _describe(adapter: Adapter, metadata: dict[str, Any]) -> dict[str, Any]:
+def _describe(adapter: Attached, metadata: dict[str, Any]) -> dict[str, Any]:
     """The record, but for the files."""
     config, projection = adapter.config, adapter.projection
-    modules = [[name, slot.m, slot.n] for name, slot in named_slots(adapter)]
+    modules = [[name, m, n] for name, (m, n) in zip(adapter.layers, adapter.vector.layout.shapes, strict=True)]
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -121,13 +121,18 @@ def _describe(adapter: Adapter, metadata: dict[str, Any]) -> dict[str, Any]:
         "D": projection.D,
         "r": config.r,
         "scaling": config.scaling,
-        "layout": LAYOUTS[projection.a_first],
+        "layout": projection.order.value,
         "modules": modules,
         "fingerprint": digest(modules),
         "config": asdict(config),
         "base_model": _base_model(adapter.model),
         "metadata": metadata,
     }
+
+
+def _stored_parts(adapter: Attached) -> dict[str, Tensor]:
+    """What the projection keeps beside theta_d, on this process."""
+    return adapter.projection.stored({name: t.detach() for name, t in adapter.trained.items() if name != "theta_d"})
 
 
 def _base_model(model: nn.Module) -> str | None:
@@ -197,13 +202,17 @@ def _is_still(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _read_tensors(folder: Path, record: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """(theta_d, modules_to_save)"""
+def _read_tensors(folder: Path, record: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """(theta_d, the projection's parts, modules_to_save)"""
     kinds = {kind: _read_tensor_file(folder, entry) for kind, entry in record["files"].items()}
     theta_d = take_theta_d(folder, kinds["theta_d"], "theta_d", record["d"])
-    if kinds["theta_d"]:
-        raise AdapterFileError(f"{folder}: expected theta_d alone in its file, got also {sorted(kinds['theta_d'])}")
-    return theta_d, kinds.get("modules_to_save", {})
+    parts, expected = kinds["theta_d"], projection_class(record["projection"]["name"]).stored_names
+    if not set(parts).issubset(expected):
+        raise AdapterFileError(
+            f"{folder}: expected {sorted({'theta_d', *expected})} in the file of theta_d, got also "
+            f"{sorted(set(parts).difference(expected))}"
+        )
+    return theta_d, parts, kinds.get("modules_to_save", {})
 
 
 def _read_tensor_file(folder: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -243,152 +252,3 @@ def take_theta_d(folder: Path, tensors: dict[str, Tensor], name: str, d: int) ->
             f"{folder}: {name}: expected float16, bfloat16, float32 or float64 of shape [{d}], got {got}"
         )
     return theta_d
-
-
-# ---- load -----------------------------------------------------------------------------------------------------------
-
-
-def load(model: nn.Module, folder: str | Path) -> Adapter:
-    """Attaches the adapter of `folder` to a model, which is unchanged where that fails.
-
-    Args:
-        model: the model the adapter was trained on, or one with the same modules. It must have no adapter yet.
-        folder: written by :meth:`Adapter.save`.
-
-    Returns:
-        The adapter; theta_d is trainable, as after :func:`unilora_ext.attach`.
-
-    Raises:
-        AdapterFileError: the folder is damaged or foreign, or its modules are not the model's: the message lists the
-            differences.
-        AttachError: the model has an adapter already, or modules_to_save that are on the meta device.
-    """
-    file = read(folder)
-    names = [name for name, _, _ in file.modules]
-    # The names stand for an expression, which may match for ever. Where the configuration has names, they are compared.
-    whole_names = names if file.config.pattern is not None else None
-    fit = Fit.of(model, file.folder, file.config, whole_names, file.record["projection"]["version"])
-    check_same(
-        file.folder,
-        "adapted modules",
-        dict((n, [m, k]) for n, m, k in file.modules),
-        {t.name: [t.m, t.n] for t in fit.targets},
-    )
-    if names != [t.name for t in fit.targets]:
-        raise AdapterFileError(f"{file.folder}: the model has the adapter's modules in another order")
-    return fit.attach(file.theta_d, file.modules_to_save)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What an adapter of a folder will be in a model that is not changed yet.
-
-    Attributes:
-        model: to adapt.
-        folder: for messages.
-        targets, config, projection: see :func:`unilora_ext.adapter.plan`.
-        saved: the model's tensors of modules_to_save, by full name.
-    """
-
-    model: nn.Module
-    folder: Path
-    targets: list[Target]
-    config: UniLoRAConfig
-    projection: Projection
-    saved: dict[str, Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        folder: Path,
-        config: UniLoRAConfig,
-        whole_names: Sequence[str] | None,
-        version: int | None = None,
-    ) -> Fit:
-        """The fit of a configuration; `whole_names` and `version` as in :func:`unilora_ext.adapter.plan`.
-
-        Raises:
-            UniLoRAError: the configuration does not fit the model.
-        """
-        try:
-            targets, config, projection = plan(model, config, whole_names, version)
-            return cls(model, folder, targets, config, projection, saved_tensors(model, config))
-        except UniLoRAError as error:
-            raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
-
-    @property
-    def accumulator_dtype(self) -> torch.dtype:
-        """In which theta_d of a new adapter is: float32, float64 in a float64 model."""
-        return accumulator_dtype(self.targets[0].held().dtype)
-
-    def attach(self, theta_d: Tensor, tensors: Mapping[str, Tensor]) -> Adapter:
-        """Changes the model.
-
-        Args:
-            theta_d: [d].
-            tensors: of modules_to_save, by full name.
-
-        Raises:
-            AdapterFileError: `tensors` are not the model's by name, shape and type.
-            AttachError: modules_to_save are on the meta device.
-        """
-        check_same(self.folder, "modules_to_save", shapes_of(tensors), shapes_of(self.saved))
-        for name, tensor in tensors.items():
-            expected, got = self.saved[name].dtype, tensor.dtype
-            if got != expected and not (got.is_floating_point and expected.is_floating_point):
-                raise AdapterFileError(
-                    f"{self.folder}: modules_to_save: '{name}': expected {expected}, as in the model, got {got}"
-                )
-        check_memory(self.folder, self.saved)
-        held = self.targets[0].held()
-        device = torch.device("cpu") if held.is_meta else held.device
-        adapter = _attach(self.model, self.config, self.targets, self.projection, theta_d.to(device))
-        try:
-            with torch.no_grad():
-                for name, tensor in self.saved.items():
-                    copy_(tensor, tensors[name])
-        except BaseException:  # no memory, an interrupt
-            adapter.detach()
-            raise
-        return adapter
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(t.shape) for name, t in tensors.items()}
-
-
-def check_memory(folder: Path, saved: Mapping[str, Tensor]) -> None:
-    """Whether modules_to_save can take their trained values.
-
-    Raises:
-        AttachError: one is on the meta device, or offloaded.
-    """
-    for name, tensor in saved.items():
-        if tensor.is_meta:
-            raise AttachError(
-                f"{folder}: modules_to_save: '{name}' is on the meta device, or offloaded, and cannot hold its trained "
-                "values: give the model memory and its weights first (to_empty, load_state_dict), then load the adapter"
-            )
-
-
-def check_same(folder: Path, what: str, stored: dict[str, list[int]], found: dict[str, list[int]]) -> None:
-    """Compares shapes by name, of a folder and of a model.
-
-    Raises:
-        AdapterFileError: a list of the differences.
-    """
-    differences = [
-        f"'{name}': in the adapter {shape}, not in the model" for name, shape in stored.items() if name not in found
-    ]
-    differences += [
-        f"'{name}': in the model {shape}, not in the adapter" for name, shape in found.items() if name not in stored
-    ]
-    differences += [
-        f"'{name}': in the adapter {shape}, in the model {found[name]}"
-        for name, shape in stored.items()
-        if name in found and shape != found[name]
-    ]
-    if differences:
-        shown = "\n  ".join(differences[:20]) + ("\n  ..." if len(differences) > 20 else "")
-        raise AdapterFileError(f"{folder}: {what} differ in {len(differences)} places:\n  {shown}")

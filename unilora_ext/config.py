@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from unilora_ext.errors import UniLoRAError, shown
-from unilora_ext.projections import projection_class
+from unilora_ext.layout import Layout
+from unilora_ext.projections import Given, Projection, projection_class
+from unilora_ext.projections.base import Weights
 
-__all__ = ["UniLoRAConfig", "default_d"]
+__all__ = ["UniLoRAConfig", "default_d", "make_projection", "size_of"]
 
 # D / d in the paper: 17.1 for RoBERTa-large, 19.1 for Llama2-7B.
 _RATIOS = (17, 19)
@@ -33,20 +36,22 @@ class UniLoRAConfig:
 
     Attributes:
         r: rank of every B_l A_l.
-        d: length of theta_d; None: the paper's ratio, see :func:`default_d`.
+        d: length of theta_d; None: what the sizes give, or the paper's ratio, see :func:`default_d`.
         target_modules: which linear layers are adapted: a list of names or name endings (``["query", "value"]``), a
             regular expression that must match the whole module name, or ``"all-linear"`` (every linear layer but the
             output head and those that are known to be read and not called).
-        projection: ``"uniform"`` (the paper's), ``"balanced"``, or ``"peft"`` (PEFT's own index, A before B).
+        projection: how theta_d becomes the layers' updates: ``"uniform"`` (the paper's), or another name of
+            :data:`~unilora_ext.family.FAMILY`.
         seed: of P, in [0, 2^63). theta_d itself starts from PyTorch's global generator.
         alpha: the update is scaled by alpha / r; None: by 1, as in the paper's code.
         dropout: probability with which an input of the LoRA path is zeroed in training.
-        init_bound: theta_d starts uniform in [-init_bound, init_bound]. 0 would never train: both factors and so all
-            gradients would be zero.
+        init_bound: theta_d starts uniform in [-init_bound, init_bound]; None: as the projection has it (0.02 for
+            Uni-LoRA). 0 would never train: both factors and so all gradients would be zero.
         materialize: whether the projection's index is stored (4 bytes an element of theta_D on the CPU, 8 on CUDA) or
             computed anew each time (0 bytes, slower, on the CPU); the same values and gradients. None: stored, but
             for D > 2^27 on the CPU.
         modules_to_save: modules (names or name endings) that are trained and saved whole, such as a new classifier.
+        projection_options: settings that this projection alone has, by name: see ``options`` of its class.
 
     Raises:
         UniLoRAError: a value out of range; the message names it.
@@ -59,9 +64,10 @@ class UniLoRAConfig:
     seed: int = 0
     alpha: float | None = None
     dropout: float = 0.0
-    init_bound: float = 0.02
+    init_bound: float | None = None
     modules_to_save: Sequence[str] = ()
     materialize: bool | None = None
+    projection_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _expect("r", _is_size(self.r), "an integer in [1, 2^31)", self.r)
@@ -69,7 +75,8 @@ class UniLoRAConfig:
         _expect("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "an integer in [0, 2^63)", self.seed)
         _expect("alpha", self.alpha is None or _is_number(self.alpha), "a finite number or None", self.alpha)
         _expect("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)", self.dropout)
-        _expect("init_bound", _is_number(self.init_bound) and self.init_bound > 0, "a number > 0", self.init_bound)
+        bound = self.init_bound
+        _expect("init_bound", bound is None or (_is_number(bound) and bound > 0), "a number > 0 or None", bound)
         _expect(
             "materialize",
             self.materialize is None or isinstance(self.materialize, bool),
@@ -77,7 +84,11 @@ class UniLoRAConfig:
             self.materialize,
         )
         _expect("projection", isinstance(self.projection, str), "a name", self.projection)
-        projection_class(self.projection)
+        options = self.projection_options
+        named = isinstance(options, Mapping) and all(isinstance(name, str) for name in options)
+        _expect("projection_options", named, "a dictionary by name", options)
+        object.__setattr__(self, "projection_options", dict(options))
+        projection_class(self.projection).checked_options(options)
         if isinstance(self.target_modules, str):
             _check_pattern(self.target_modules)
         else:
@@ -95,6 +106,39 @@ class UniLoRAConfig:
     def scaling(self) -> float:
         """s of y = W x + s B A x."""
         return 1.0 if self.alpha is None else self.alpha / self.r
+
+
+def size_of(config: UniLoRAConfig, layout: Layout) -> int | None:
+    """d, where the projection's sizes give it; None: it is free."""
+    kind = projection_class(config.projection)
+    return kind.size(layout, kind.checked_options(config.projection_options))
+
+
+def make_projection(
+    config: UniLoRAConfig, layout: Layout, *, weights: Weights, version: int | None = None
+) -> Projection:
+    """P of a model.
+
+    Args:
+        config: with d None: what the sizes give, or :func:`default_d`.
+        layout: in the projection's order.
+        weights: the base weights, for a projection that is made from them.
+        version: of the projection's algorithm; None: the newest.
+
+    Raises:
+        UniLoRAError: d is given, and not what the sizes give; or more than D.
+    """
+    kind, given, size = projection_class(config.projection), config.d, size_of(config, layout)
+    if size is not None and given not in (None, size):
+        raise UniLoRAError(f"d: expected {size} or None, which the sizes give '{config.projection}'; got {given}")
+    if size is None and given is not None and given > layout.D:
+        raise UniLoRAError(
+            f"d: expected at most D = {layout.D}, the number of values of the {len(layout)} target modules at "
+            f"r = {config.r}; got {given}"
+        )
+    d = size or given or default_d(layout.D)
+    options = kind.checked_options(config.projection_options)
+    return kind.of(Given(layout, d, config.seed, version, config.materialize, options, weights))
 
 
 def _is_int(value: object) -> bool:

@@ -88,7 +88,7 @@ def replicate(adapter: Adapter, group: dist.ProcessGroup | DeviceMesh | None = N
     Raises:
         UniLoRAError: replicated already, or a trained parameter is sharded by ``fully_shard``; nothing is then changed.
     """
-    attachment = adapter.vector.attachment
+    attachment = adapter.attachment
     if attachment.replicated:
         raise UniLoRAError("replicate: this adapter is replicated already")
     _check_whole(adapter.model)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from unilora_ext.errors import UniLoRAError
+from unilora_ext.layer import UniLoRALayer
 from unilora_ext.sharded_tensors import exchange_, is_sharded, managed_by_fsdp
-
-if TYPE_CHECKING:
-    from unilora_ext.linear import LayerState
 
 __all__ = ["MergeableLayer", "check_load", "warn_merged"]
 
@@ -21,21 +19,11 @@ _MERGED = "unilora_merged"
 """Marks a layer that was merged in the metadata of a ``state_dict``."""
 
 
-class MergeableLayer(nn.Module):
+class MergeableLayer(UniLoRALayer):
     """A layer whose ``weight`` [m, n] an update can be merged into."""
 
-    _unilora: LayerState
     weight: Tensor
     fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
-
-    def delta_weight(self) -> Tensor:
-        """The update [m, n], in float32 (float64 for a float64 weight)."""
-        raise NotImplementedError
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is folded into ``weight``."""
-        return self._unilora.original is not None
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -15,19 +15,16 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 
 from unilora_ext import _C
-from unilora_ext.config import UniLoRAConfig
+from unilora_ext.config import UniLoRAConfig, size_of
 from unilora_ext.errors import AdapterFileError, UniLoRAError, shown
-from unilora_ext.projections import projection_class
+from unilora_ext.layout import Layout
+from unilora_ext.projections import Projection, projection_class
 
-__all__ = ["ENTRY", "FORMAT", "FORMAT_VERSION", "LAYOUTS", "check_json", "conform", "digest", "parse", "parse_json"]
+__all__ = ["ENTRY", "FORMAT", "FORMAT_VERSION", "check_json", "conform", "digest", "parse", "parse_json"]
 
 ENTRY = "adapter.json"
 FORMAT = "unilora_ext adapter"
-FORMAT_VERSION = 1
-LAYOUTS = {  # by Projection.a_first
-    False: "per module in named_modules order: vec_row(B [m, r]), vec_row(A [r, n])",
-    True: "per module in named_modules order: vec_row(A [r, n]), vec_row(B [m, r])",
-}
+FORMAT_VERSION = 2
 MOST_BYTES = 64 << 20
 """Of a JSON file: names and shapes of some 500,000 modules."""
 MOST_LEVELS = 100
@@ -49,6 +46,7 @@ class _Projection(_Strict):
     name: str
     version: int
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    options: dict[str, Any]
 
 
 class _File(_Strict):
@@ -64,13 +62,19 @@ class _Files(_Strict):
 
 _hints = get_type_hints(UniLoRAConfig)
 _Config = msgspec.defstruct(
-    "_Config", [(f.name, _hints[f.name], f.default) for f in fields(UniLoRAConfig)], bases=(_Strict,)
+    "_Config",
+    [
+        (f.name, dict[str, Any]) if f.name == "projection_options" else (f.name, _hints[f.name], f.default)
+        for f in fields(UniLoRAConfig)
+    ],
+    bases=(_Strict,),
+    kw_only=True,
 )
 
 
 class _Record(_Strict):
     format: Literal[FORMAT]
-    format_version: Literal[FORMAT_VERSION]
+    format_version: Literal[1, FORMAT_VERSION]
     library_version: str
     projection: _Projection
     d: _Size
@@ -90,7 +94,8 @@ class _Record(_Strict):
 
 
 def parse(data: bytes, path: Path) -> tuple[dict[str, Any], UniLoRAConfig]:
-    """The record, without its checksum, and the configuration in it.
+    """The record, without its checksum, and the configuration in it: in the terms of this version, whichever it was
+    written in (``format_version``).
 
     Args:
         data: the content of ``adapter.json``.
@@ -103,46 +108,64 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, Any], UniLoRAConfig]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         got = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise AdapterFileError(f"{path}: expected format '{FORMAT}', got {shown(got)}")
-    if record.get("format_version") != FORMAT_VERSION:
+    if record.get("format_version") not in (1, FORMAT_VERSION):
         raise AdapterFileError(
-            f"{path}: expected format version {FORMAT_VERSION}, got {shown(record.get('format_version'))}; "
+            f"{path}: expected format version {FORMAT_VERSION} or 1, got {shown(record.get('format_version'))}; "
             f"it was written by unilora_ext {record.get('library_version')!s:.40}, this is {_C.version}"
         )
     stated = record.pop("checksum", None)
     if stated != digest(record):
         raise AdapterFileError(f"{path}: the content does not match its checksum: it was changed after it was saved")
+    if record["format_version"] == 1:
+        _upgrade(record, path)
     conform(record, _Record, path)
     try:
         config = UniLoRAConfig(**record["config"])
-        algorithm = projection_class(config.projection)
+        kind = projection_class(config.projection)
     except UniLoRAError as error:
         raise AdapterFileError(f"{path}: config: {error}") from error
-    _check_agreement(record, config, algorithm, path)
+    _check_agreement(record, config, kind, path)
     return record, config
 
 
-def _check_agreement(record: Mapping[str, Any], config: UniLoRAConfig, algorithm: Any, path: Path) -> None:
+def _upgrade(record: dict[str, Any], path: Path) -> None:
+    """A record of version 1, whose projections had no options, in the terms of version 2."""
+    for part, name in (("projection", "options"), ("config", "projection_options")):
+        values = record.get(part)
+        if isinstance(values, dict):  # else the schema says what is wrong
+            if name in values:
+                raise AdapterFileError(f"{path}: {part}: object contains unknown field '{name}'")
+            values[name] = {}
+
+
+def _check_agreement(record: Mapping[str, Any], config: UniLoRAConfig, kind: type[Projection], path: Path) -> None:
     """Agreement of the record with itself: a writer's mistake otherwise, since the checksum holds."""
     projection, modules = record["projection"], record["modules"]
-    version = projection["version"]
-    D = sum((m + n) * config.r for _, m, n in modules)
+    version, layout = projection["version"], Layout(tuple((m, n) for _, m, n in modules), config.r, kind.order)
+    try:
+        options, size = kind.checked_options(projection["options"]), size_of(config, layout)
+    except UniLoRAError as error:
+        raise AdapterFileError(f"{path}: projection: {error}") from error
     agree = {
-        "projection.version": (version, version if version in algorithm.versions else algorithm.versions[-1]),
+        "projection.version": (version, version if version in kind.versions else kind.versions[-1]),
         "projection.name": (projection["name"], config.projection),
         "projection.seed": (projection["seed"], config.seed),
-        "layout": (record["layout"], LAYOUTS[algorithm.a_first]),
+        "projection.options": (options, kind.checked_options(config.projection_options)),
+        "layout": (record["layout"], layout.order.value),
         "d": (record["d"], config.d),
         "r": (record["r"], config.r),
         "scaling": (record["scaling"], config.scaling),
-        "D": (record["D"], D),
+        "D": (record["D"], layout.D),
         "number of different module names": (len({name for name, _, _ in modules}), len(modules)),
         "fingerprint": (record["fingerprint"], digest(modules)),
     }
     for name, (got, expected) in agree.items():
         if got != expected:
             raise AdapterFileError(f"{path}: {name}: expected {shown(expected)}, got {shown(got)}")
-    if record["d"] > D:
-        raise AdapterFileError(f"{path}: d: expected at most D = {D}, got {record['d']}")
+    if size is not None and record["d"] != size:
+        raise AdapterFileError(f"{path}: d: expected {size}, which the sizes give, got {record['d']}")
+    if size is None and record["d"] > layout.D:
+        raise AdapterFileError(f"{path}: d: expected at most D = {layout.D}, got {record['d']}")
 
 
 def parse_json(data: bytes, path: Path) -> Any:

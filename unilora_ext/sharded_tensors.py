@@ -6,7 +6,7 @@ import sys
 
 from torch import Tensor, nn
 
-__all__ = ["copy_", "exchange_", "full", "is_sharded", "is_writer", "managed_by_fsdp", "settle"]
+__all__ = ["copy_", "exchange_", "full", "is_sharded", "is_writer", "managed_by_fsdp", "reshard"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -21,7 +21,7 @@ def managed_by_fsdp(module: nn.Module) -> bool:
     return any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Puts the parameters that ``fully_shard`` manages to rest, as DTensors: after an evaluation the root's are still
     whole, in a copy."""
     for part in model.modules():

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from unilora_ext.errors import AttachError, shown
-from unilora_ext.linear import UniLoRALayer, UniLoRALinear, updated_class
+from unilora_ext.layer import UniLoRALayer, updated_class
+from unilora_ext.linear import UniLoRALinear
 from unilora_ext.sharded_tensors import is_sharded, managed_by_fsdp
 from unilora_ext.uncalled import reads_weight
 
@@ -201,10 +202,10 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     if managed_by_fsdp(module):
         raise refuse("its weight is sharded by fully_shard already: attach before that step")
     if is_sharded(getattr(module, "weight", None)):
-        from unilora_ext.integrations.tensor_parallel import UniLoRAShardedLinear, why_not
+        from unilora_ext.integrations.tensor_parallel import UniLoRAShardedLinear, problem_of
 
-        if type(module) is not nn.Linear or why_not(module):
-            raise refuse(why_not(module) or "expected a torch.nn.Linear around a sharded weight")
+        if type(module) is not nn.Linear or problem_of(module):
+            raise refuse(problem_of(module) or "expected a torch.nn.Linear around a sharded weight")
         return UniLoRAShardedLinear
     if type(module) is nn.Linear and _is_plain(module.weight):
         adapted_class: type[UniLoRALayer] = UniLoRALinear

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from unilora_ext.ops import graph_is_traced
+from unilora_ext.functional import graph_is_traced
 from unilora_ext.shared_vector import SharedVector
 
-__all__ = ["CallWatch", "be_called", "keep_called", "reads_weight"]
+__all__ = ["CallWatch", "keep_called", "keeps_called", "reads_weight"]
 
 logger = logging.getLogger("unilora_ext")
 
@@ -108,10 +108,10 @@ def keep_called(model: nn.Module, names: Iterable[str]) -> Iterator[Handle]:
             if isinstance(parent, nn.TransformerEncoder) and getattr(parent, "use_nested_tensor", False):
                 yield _DenseEncoder(parent)
             if isinstance(parent, nn.TransformerEncoderLayer):
-                yield modules[name].register_forward_hook(be_called)
+                yield modules[name].register_forward_hook(keeps_called)
 
 
-def be_called(module: nn.Module, args: Any, output: Any) -> None:
+def keeps_called(module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook that does nothing: its presence keeps a fused parent from reading the weight instead."""
 
 

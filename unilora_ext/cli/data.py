@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.files import read_records, shown
 
-__all__ = ["Row", "label_names", "read_rows", "split_rows", "write_rows"]
+__all__ = ["Row", "RunData", "label_names", "read_rows", "split_rows", "write_rows"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,23 @@ class Row:
     text: str
     label: str | None
     where: str
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The checked data of a run: rows of text and label, or records of a causal language model.
+
+    Attributes:
+        labels: of a classifier; else empty.
+        training, validation, test: the three parts.
+        counts: what became of each part's records, where there is something to tell.
+    """
+
+    labels: list[str]
+    training: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def read_rows(path: str | Path, text_column: str, label_column: str | None, labels: Sequence[str] = ()) -> list[Row]:

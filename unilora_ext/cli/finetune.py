@@ -10,13 +10,12 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unilora_ext.cli import checkpoints, distributed
 from unilora_ext.cli.conversations import read_conversations, split_conversations, write_conversations
-from unilora_ext.cli.data import label_names, read_rows, split_rows, write_rows
+from unilora_ext.cli.data import RunData, label_names, read_rows, split_rows, write_rows
 from unilora_ext.cli.errors import CliError, RunError, need
 from unilora_ext.cli.files import sha256
 from unilora_ext.cli.settings import CAUSAL_LM, Settings, option_name, read_run, run_record
@@ -55,23 +54,6 @@ def _device_of_run(output: Path) -> str:
         return json.loads((output / "run.json").read_text(encoding="utf-8"))["settings"]["device"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "auto"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The checked data of a run: rows of text and label, or records of a causal language model.
-
-    Attributes:
-        labels: of a classifier; else empty.
-        training, validation, test: the three parts.
-        counts: what became of each part's records, where there is something to tell.
-    """
-
-    labels: list[str]
-    training: Sequence[Any]
-    validation: Sequence[Any]
-    test: Sequence[Any]
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def run(settings: Settings, resumed: dict[str, Any] | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -160,7 +142,7 @@ def _remove(output: Path, names: Sequence[str]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _begin(settings: Settings, facts: dict[str, Any], rows: Rows, output: Path, fresh: bool) -> None:
+def _begin(settings: Settings, facts: dict[str, Any], rows: RunData, output: Path, fresh: bool) -> None:
     """What is in the run's folder before the training: nothing of an earlier run."""
     if fresh:
         _remove(output, WRITTEN)
@@ -174,7 +156,7 @@ def _begin(settings: Settings, facts: dict[str, Any], rows: Rows, output: Path, 
         print(f"removed {path}: its saving was interrupted")
 
 
-def read_data(settings: Settings) -> Rows:
+def read_data(settings: Settings) -> RunData:
     """All rows, split and checked."""
     if settings.task == CAUSAL_LM:
         return _read_conversations(settings)
@@ -186,17 +168,17 @@ def read_data(settings: Settings) -> Rows:
     else:
         training, validation = split_rows(training, settings.validation_fraction, settings.seed)
     test = read_rows(settings.test, *columns, labels) if settings.test is not None else []
-    return Rows(labels, training, validation, test)
+    return RunData(labels, training, validation, test)
 
 
-def _read_conversations(settings: Settings) -> Rows:
+def _read_conversations(settings: Settings) -> RunData:
     training = read_conversations(settings.data, settings.text_column)
     if settings.validation is not None:
         validation = read_conversations(settings.validation, settings.text_column)
     else:
         training, validation = split_conversations(training, settings.validation_fraction, settings.seed)
     test = read_conversations(settings.test, settings.text_column) if settings.test is not None else []
-    return Rows([], training, validation, test)
+    return RunData([], training, validation, test)
 
 
 def check_output(output: Path, overwrite: bool, inputs: list[str | None]) -> None:

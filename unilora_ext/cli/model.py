@@ -17,9 +17,12 @@ import unilora_ext as ul
 from unilora_ext.cli.base import base_digest, base_sha256
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.settings import Settings
+from unilora_ext.config import size_of
+from unilora_ext.layout import Layout
+from unilora_ext.projections import projection_class
 from unilora_ext.targets import find_targets
 
-__all__ = ["Score", "TaskModel", "attach", "device_of", "first_line", "quiet_bars"]
+__all__ = ["Score", "TaskModel", "attach", "device_of", "first_line", "learning_rates", "quiet_bars"]
 
 SMALL_D = 4096  # the paper's ratio D / d of about 18 leaves a small model too little; 16 KiB is no burden
 
@@ -156,11 +159,23 @@ def attach(model: nn.Module, settings: Settings, targets: Sequence[str] | str, w
         alpha=settings.alpha,
         dropout=settings.dropout,
         modules_to_save=whole,
+        projection_options=settings.options,
     )
     if chosen.d is None:
-        D = sum((target.m + target.n) * chosen.r for target in find_targets(model, targets, whole))
-        chosen = replace(chosen, d=max(ul.default_d(D), min(SMALL_D, D // 9)))
+        order = projection_class(chosen.projection).order
+        layout = Layout(tuple((t.m, t.n) for t in find_targets(model, targets, whole)), chosen.r, order)
+        if size_of(chosen, layout) is None:
+            chosen = replace(chosen, d=max(ul.default_d(layout.D), min(SMALL_D, layout.D // 9)))
     return ul.attach(model, chosen)
+
+
+def learning_rates(settings: Settings, adapter: ul.Adapter) -> dict[str, float]:
+    """Of theta_d and the projection's trained parts: the projection's own, all scaled where one is set for theta_d."""
+    own = dict(adapter.projection.learning_rates)
+    if settings.lr_theta is None:
+        return own
+    factor = settings.lr_theta / own["theta_d"]
+    return {name: rate * factor for name, rate in own.items()} | {"theta_d": settings.lr_theta}
 
 
 def first_line(error: BaseException) -> str:

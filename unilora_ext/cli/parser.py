@@ -126,8 +126,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option_name(spec.name),
             type=kind,
-            nargs="+" if spec.name == "target_modules" else None,
-            action=_Tuple if spec.name == "target_modules" else "store",
+            nargs="+" if spec.name in ("target_modules", "projection_option") else None,
+            action=_Tuple if spec.name in ("target_modules", "projection_option") else "store",
             default=argparse.SUPPRESS,
             metavar={int: "N", float: "X", str: "NAME"}[kind],
             help=text.replace("%", "%%"),

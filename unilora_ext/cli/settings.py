@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_ext.cli.errors import CliError
+from unilora_ext.family import FAMILY
 
 __all__ = ["CAUSAL_LM", "CLASSIFICATION", "Settings", "check_task", "option_name", "read_run", "run_record"]
 
@@ -43,6 +44,10 @@ def _positive(kind: str = "a number") -> dict[str, Any]:
 _RATE = {"expected": "a number in (0, 1e30]", "good": lambda v: 0 < v <= 1e30}
 _COUNT = {"expected": "an integer >= 1", "good": lambda v: v >= 1}
 _FRACTION = {"expected": "a number in [0, 1)", "good": lambda v: 0 <= v < 1}
+
+
+def _are_options(values: tuple[str, ...]) -> bool:
+    return all(name.isidentifier() and found for name, found, _ in (value.partition("=") for value in values))
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ class Settings:
         "an integer >= 4",
         lambda v: v >= 4,
     )
-    lr_theta: float = _option(0.02, float, "peak learning rate of theta_d", **_RATE)
+    lr_theta: float | None = _option(
+        None, float, "peak learning rate of theta_d (without it, the projection's own; 0.02 for Uni-LoRA)", **_RATE
+    )
     lr_head: float = _option(0.002, float, "peak learning rate of the classifier head", **_RATE, task=CLASSIFICATION)
     weight_decay: float = _option(
         0.0,
@@ -111,8 +118,11 @@ class Settings:
     projection: str = _option(
         "uniform",
         str,
-        "uniform (the paper's), balanced or peft (PEFT's index)",
-        **_one_of("uniform", "balanced", "peft"),
+        "how theta_d becomes the layers' updates: " + ", ".join(FAMILY),
+        **_one_of(*FAMILY),
+    )
+    projection_option: tuple[str, ...] | None = _option(
+        None, str, "settings of the projection, such as normalize=false", "NAME=VALUE", _are_options
     )
     alpha: float | None = _option(None, float, "the update is scaled by alpha / r (without it, by 1)", **_positive())
     dropout: float = _option(0.0, float, "dropout of the LoRA path's input", **_FRACTION)
@@ -154,6 +164,18 @@ class Settings:
         if os.path.exists(self.model):
             paths["model"] = self.model
         return replace(self, **{name: os.path.abspath(path) for name, path in paths.items() if path})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The projection's settings: numbers, true and false as JSON has them, and words."""
+        options = {}
+        for given in self.projection_option or ():
+            name, _, value = given.partition("=")
+            try:
+                options[name] = json.loads(value)
+            except ValueError:
+                options[name] = value
+        return options
 
     @property
     def validation_file(self) -> str:
@@ -198,8 +220,9 @@ def read_run(output: Path) -> tuple[Settings, dict[str, Any]]:
         version, values = record.pop("format_version"), record.pop("settings")
         if version != FORMAT_VERSION:
             raise CliError(f"{path}: expected format version {FORMAT_VERSION}, got {version!r}")
-        if values["target_modules"] is not None:
-            values["target_modules"] = tuple(values["target_modules"])
+        for name in ("target_modules", "projection_option"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         return Settings(**{**values, "output": str(output)}), record
     except CliError:
         raise

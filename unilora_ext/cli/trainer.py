@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from unilora_ext.adapter import saved_tensors
+from unilora_ext.attachment import whole_tensors
 from unilora_ext.checkpoint import read
 from unilora_ext.cli import checkpoints, distributed
 from unilora_ext.cli.encoding import IGNORED
 from unilora_ext.cli.errors import RunError
-from unilora_ext.cli.model import TaskModel, device_of, first_line
+from unilora_ext.cli.model import TaskModel, device_of, first_line, learning_rates
 from unilora_ext.cli.progress import Progress
 from unilora_ext.cli.sampling import LengthSampler, Shares, blank
 from unilora_ext.cli.settings import Settings
@@ -74,12 +74,18 @@ class AdapterTrainer(Trainer):
     # -- optimizer and order ------------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """AdamW with theta_d and the head at their own learning rates; vectors of the head do not decay."""
+        """AdamW with theta_d, trained parts of the projection and the head at their own learning rates; vectors of the
+        head do not decay."""
         if self.optimizer is None:
             adapter, settings = self.task.adapter, self.settings
-            head = [p for p in self.model.parameters() if p.requires_grad and p is not adapter.theta_d]
+            trained, rates = adapter.trained, learning_rates(settings, adapter)
+            own = {id(parameter) for parameter in trained.values()}
+            head = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
             groups = [
-                {"params": [adapter.theta_d], "lr": settings.lr_theta, "weight_decay": settings.weight_decay},
+                *(
+                    {"params": [parameter], "lr": rates[name], "weight_decay": settings.weight_decay}
+                    for name, parameter in trained.items()
+                ),
                 {
                     "params": [p for p in head if p.ndim > 1],
                     "lr": settings.lr_head,
@@ -129,7 +135,7 @@ class AdapterTrainer(Trainer):
         return total * distributed.world_size() / num_items_in_batch
 
     def _diverged(self, figure: str, value: float) -> RunError:
-        rates = f"--lr-theta (now {self.settings.lr_theta})"
+        rates = f"--lr-theta (now {learning_rates(self.settings, self.task.adapter)['theta_d']:g})"
         if self.task.adapter.config.modules_to_save:
             rates += f" or --lr-head (now {self.settings.lr_head})"
         step = self.state.global_step + (figure == "loss")  # of a step at work, or after it
@@ -214,11 +220,12 @@ class AdapterTrainer(Trainer):
         self.publish()
 
     def _restore(self, checkpoint: Path) -> None:
-        """Reads theta_d and the head of a checkpoint into the model."""
+        """Reads what is trained from a checkpoint into the model."""
         file, adapter = read(checkpoint / "adapter"), self.task.adapter
         with torch.no_grad():
-            adapter.theta_d.copy_(file.theta_d)
-            for name, tensor in saved_tensors(adapter.model, adapter.config).items():
+            for name, tensor in {"theta_d": file.theta_d, **adapter.projection.restored(file.parts)}.items():
+                adapter.trained[name].copy_(tensor)
+            for name, tensor in whole_tensors(adapter.model, adapter.config).items():
                 tensor.copy_(file.modules_to_save[name])
 
 
@@ -233,7 +240,6 @@ def training_arguments(settings: Settings, folder: Path, steps: int) -> Training
         ddp_find_unused_parameters=False,  # theta_d and the head take part in every forward pass
         num_train_epochs=settings.epochs,
         optim="adamw_torch",
-        learning_rate=settings.lr_theta,
         lr_scheduler_type=schedules[settings.schedule],
         warmup_steps=math.ceil(settings.warmup * steps),
         eval_strategy="epoch",

@@ -8,7 +8,7 @@ import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -16,21 +16,19 @@ import transformers
 import unilora_ext as ul
 from unilora_ext.cli import checkpoints, distributed, report, sizes
 from unilora_ext.cli.base import check_known
+from unilora_ext.cli.data import RunData
 from unilora_ext.cli.errors import CliError
-from unilora_ext.cli.model import Score, TaskModel, device_of
+from unilora_ext.cli.model import Score, TaskModel, device_of, learning_rates
 from unilora_ext.cli.predict import describe
 from unilora_ext.cli.settings import CAUSAL_LM, Settings
 from unilora_ext.cli.tasks import TASKS
 from unilora_ext.cli.trainer import AdapterTrainer
 from unilora_ext.files import replace_file
 
-if TYPE_CHECKING:
-    from unilora_ext.cli.finetune import Rows
-
 __all__ = ["prepare", "train"]
 
 
-def prepare(settings: Settings, rows: Rows) -> tuple[TaskModel, Rows]:
+def prepare(settings: Settings, rows: RunData) -> tuple[TaskModel, RunData]:
     """The model with a new adapter, and the rows as it takes them; writes nothing."""
     device_of(settings.device)
     parts = settings.gradient_accumulation * distributed.world_size()
@@ -51,7 +49,7 @@ def prepare(settings: Settings, rows: Rows) -> tuple[TaskModel, Rows]:
     return task, replace(rows, **{name: part for name, (part, _) in ready.items()}, counts=counts)
 
 
-def train(settings: Settings, task: TaskModel, rows: Rows, output: Path, started: float) -> dict[str, Any]:
+def train(settings: Settings, task: TaskModel, rows: RunData, output: Path, started: float) -> dict[str, Any]:
     """Trains to the end from the last whole checkpoint, scores the best adapter, writes the report.
 
     Returns:
@@ -126,12 +124,13 @@ def _asdicts(scores: dict[str, Score | None]) -> dict[str, dict[str, Any] | None
     return {name: score.asdict() if score else None for name, score in scores.items()}
 
 
-def _print_plan(settings: Settings, task: TaskModel, rows: Rows, steps: int) -> None:
+def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) -> None:
     adapter = task.adapter
     head = sum(t.numel() for t in adapter.modules_to_save().values())
     names = adapter.config.target_modules
     whole = f"; trained whole: {', '.join(adapter.config.modules_to_save)} ({head:,})" if head else ""
-    rates = f"{settings.lr_theta:g} (theta_d)" + (f" and {settings.lr_head:g} (head)" if head else "")
+    rates = [f"{rate:g} ({name})" for name, rate in learning_rates(settings, adapter).items()]
+    rates += [f"{settings.lr_head:g} (head)"] * bool(head)
     print(
         f"model     {settings.model} ({type(task.model).__name__})\n"
         f"rows      {len(rows.training):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test"
@@ -144,7 +143,7 @@ def _print_plan(settings: Settings, task: TaskModel, rows: Rows, steps: int) -> 
         f"adapter   {names if isinstance(names, str) else ', '.join(names)} in {len(adapter.layers)} modules, "
         f"r = {adapter.config.r}: D = {adapter.projection.D:,} LoRA values from d = {adapter.config.d:,}{whole}\n"
         f"training  {settings.epochs} epochs of {steps} steps of {settings.batch_size} rows, learning rate"
-        f"{'s' if head else ''} {rates}, seed {settings.seed}, on {device_of(settings.device)}",
+        f"{'s' if len(rates) > 1 else ''} {' and '.join(rates)}, seed {settings.seed}, on {device_of(settings.device)}",
         flush=True,
     )
 

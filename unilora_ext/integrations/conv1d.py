@@ -3,12 +3,12 @@
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from unilora_ext.linear import UniLoRALayer
+from unilora_ext.linear import FusedLayer
 
 __all__ = ["UniLoRAConv1D"]
 
 
-class UniLoRAConv1D(UniLoRALayer, Conv1D):
+class UniLoRAConv1D(FusedLayer, Conv1D):
     """Conv1D with a Uni-LoRA update."""
 
     fan_in_fan_out = True

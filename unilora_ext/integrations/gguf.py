@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unilora_ext.adapter import Adapter
 from unilora_ext.errors import UniLoRAError
-from unilora_ext.ops import accumulator_dtype
+from unilora_ext.functional import accumulator_dtype
 
 __all__ = ["export_gguf"]
 
@@ -71,7 +71,7 @@ def export_gguf(adapter: Adapter, path: str | Path) -> None:
         if target is None:
             raise UniLoRAError(f"export_gguf: '{name}': expected a layer that llama.cpp's {kind} has, got none")
         with torch.no_grad():
-            A, B = layer.lora_factors(accumulator_dtype(layer.factors_like()[1]))
+            A, B = layer.lora_factors(accumulator_dtype(layer.update_like()[1]))
         ending = name.rpartition(".")[2]
         if family.interleaved and ending in heads:
             B = _interleave(B, heads[ending])

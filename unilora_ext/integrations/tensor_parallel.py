@@ -23,12 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from unilora_ext import ops
 from unilora_ext.errors import UniLoRAError
+from unilora_ext.functional import autocast_dtype
+from unilora_ext.layout import Layout, Slot
 from unilora_ext.linear import UniLoRALinear
-from unilora_ext.shared_vector import Part, Slot
 
-__all__ = ["GradientSum", "UniLoRAShardedLinear", "why_not"]
+__all__ = ["GradientSum", "UniLoRAShardedLinear", "problem_of"]
 
 
 class _SumGradient(torch.autograd.Function):
@@ -56,7 +56,7 @@ class GradientSum:
     def __call__(self, theta_d: Tensor) -> Tensor:
         return _SumGradient.apply(theta_d, self.mesh.get_group())
 
-    def agree(self, theta_d: Tensor) -> None:
+    def broadcast_(self, theta_d: Tensor) -> None:
         """Sends theta_d of the first process to the others, as ``parallelize_module`` does with the weights."""
         sent = theta_d.to(self.mesh.device_type)
         dist.broadcast(sent, group=self.mesh.get_group(), group_src=0)
@@ -66,7 +66,7 @@ class GradientSum:
         return self  # a process group cannot be copied
 
 
-def why_not(linear: nn.Linear) -> str | None:
+def problem_of(linear: nn.Linear) -> str | None:
     """Why the layer's DTensor weight cannot be adapted; None: it can."""
     mesh, placements = linear.weight.device_mesh, linear.weight.placements
     if mesh.ndim != 1 or placements not in ((Shard(0),), (Shard(1),)):
@@ -74,7 +74,7 @@ def why_not(linear: nn.Linear) -> str | None:
             f"expected a weight sharded by ColwiseParallel or RowwiseParallel on one mesh, got {placements} on {mesh}"
         )
     dim = placements[0].dim
-    start, stop = _held(linear.weight.shape[dim], mesh)
+    start, stop = _local_range(linear.weight.shape[dim], mesh)
     local = linear.weight.to_local().shape[dim]
     if local != stop - start:
         return f"expected positions [{start}, {stop}) of dimension {dim} here, as torch.chunk gives, got {local}"
@@ -89,10 +89,10 @@ class UniLoRAShardedLinear(UniLoRALinear):
     """
 
     @classmethod
-    def local_part(cls, linear: nn.Module, slot: Slot) -> Part:
+    def local_slot(cls, linear: nn.Module, layout: Layout, slot_id: int) -> Slot:
         mesh, by_rows = linear.weight.device_mesh, linear.weight.placements == (Shard(1),)
-        held = _held(slot.n if by_rows else slot.m, mesh)
-        return slot.part(**{"inputs" if by_rows else "outputs": held}, reduction=GradientSum(mesh))
+        local = _local_range(layout.shapes[slot_id][by_rows], mesh)
+        return layout.slot(slot_id, **{"inputs" if by_rows else "outputs": local}, reduction=GradientSum(mesh))
 
     @property
     def _by_rows(self) -> bool:
@@ -106,11 +106,11 @@ class UniLoRAShardedLinear(UniLoRALinear):
         weight, bias = self.weight.to_local(), self._local_bias()
         if state.original is not None or not state.vector.enabled:
             return self._spread(F.linear(local_x, weight, bias), x)
-        A, B = self._factors(ops.autocast_dtype(x.device, self.weight.dtype))
+        update = self._update(self.weight.device, autocast_dtype(x.device, self.weight.dtype))
         if self._dropping():
             y, dropped = F.linear(local_x, weight, bias), F.dropout(local_x, state.dropout)
-            return self._spread(ops.lora_update(y, dropped, A, B, state.scaling), x)
-        return self._spread(ops.lora_linear(local_x, weight, bias, A, B, state.scaling), x)
+            return self._spread(update.added(y, dropped), x)
+        return self._spread(update.linear(local_x, weight, bias), x)
 
     def _laid_out(self, x: Any) -> DTensor:
         """x with its last dimension spread as that of W is."""
@@ -140,7 +140,7 @@ class UniLoRAShardedLinear(UniLoRALinear):
         return _from_local(super().delta_weight(), self.weight.shape, self.weight.device_mesh, *self.weight.placements)
 
 
-def _held(size: int, mesh: DeviceMesh) -> tuple[int, int]:
+def _local_range(size: int, mesh: DeviceMesh) -> tuple[int, int]:
     """Positions [start, stop) that this process holds of a dimension sharded over `mesh` (as ``torch.chunk`` does)."""
     chunk = -(-size // mesh.size())
     start = min(mesh.get_local_rank() * chunk, size)

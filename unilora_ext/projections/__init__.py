@@ -1,42 +1,43 @@
-"""The projections theta_D = P theta_d, by the name that a configuration and an adapter file give them."""
+"""The projections theta_D = c + P theta_d, by the name that a configuration and an adapter file give them.
+
+The classes of :data:`~unilora_ext.family.FAMILY` are imported when they are first used.
+"""
+
+import importlib
+from typing import Any
 
 from unilora_ext.errors import UniLoRAError, shown
-from unilora_ext.projections.balanced import BalancedProjection
-from unilora_ext.projections.base import Projection, SeededProjection
-from unilora_ext.projections.onehot import OneHotProjection
-from unilora_ext.projections.peft import PeftProjection
-from unilora_ext.projections.rows import Rows
-from unilora_ext.projections.uniform import UniformProjection
+from unilora_ext.family import FAMILY
+from unilora_ext.projections.base import Given, Option, Projection
+from unilora_ext.projections.one_hot import OneHotProjection
+from unilora_ext.projections.restriction import Restriction
 
 __all__ = [
-    "BalancedProjection",
+    *FAMILY.values(),
+    "Given",
     "OneHotProjection",
-    "PeftProjection",
+    "Option",
     "Projection",
-    "Rows",
-    "UniformProjection",
-    "make_projection",
+    "Restriction",
     "projection_class",
 ]
 
-_BY_NAME: dict[str, type[SeededProjection]] = {
-    cls.name: cls for cls in (UniformProjection, BalancedProjection, PeftProjection)
-}
 
-
-def projection_class(name: str) -> type[SeededProjection]:
+def projection_class(name: str) -> type[Projection]:
     """The class of a projection's name.
 
     Raises:
         UniLoRAError: no such projection.
     """
-    if name not in _BY_NAME:
-        raise UniLoRAError(f"projection: expected one of {sorted(_BY_NAME)}, got {shown(name)}")
-    return _BY_NAME[name]
+    if name not in FAMILY:
+        raise UniLoRAError(f"projection: expected one of {list(FAMILY)}, got {shown(name)}")
+    return getattr(importlib.import_module(f"{__name__}.{name}"), FAMILY[name])
 
 
-def make_projection(
-    name: str, D: int, d: int, seed: int, materialize: bool | None = None, version: int | None = None
-) -> SeededProjection:
-    """P [D, d] by name, version (None: the newest) and seed."""
-    return projection_class(name)(D, d, seed=seed, materialize=materialize, version=version)
+_NAME_OF = {cls: name for name, cls in FAMILY.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAME_OF:
+        return projection_class(_NAME_OF[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

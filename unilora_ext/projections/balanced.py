@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from unilora_ext.projections.base import SeededProjection
+from unilora_ext.projections.indexed import SeededProjection
 
 
 class BalancedProjection(SeededProjection):
@@ -17,9 +17,6 @@ class BalancedProjection(SeededProjection):
 
     name = "balanced"
     versions = (1, 2)
-
-    def _fill(self, index: Tensor, start: int) -> None:
-        torch.ops.unilora.fill_index(index, self.name, self.version, self.D, self.d, self.seed, start)
 
     @property
     def counts(self) -> Tensor:

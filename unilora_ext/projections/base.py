@@ -1,142 +1,262 @@
-"""P of theta_D = P theta_d, for matrices with one non-zero in a row."""
+"""theta_D = c + P theta_d."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from unilora_ext import _C, ops
-from unilora_ext.errors import UniLoRAError
-from unilora_ext.projections.rows import Rows, SeededRows, StoredRows, faking
+from unilora_ext._native import _C
+from unilora_ext._operators import accumulator_dtype
+from unilora_ext.errors import UniLoRAError, shown
+from unilora_ext.layout import Layout, Order, Range
+from unilora_ext.projections.restriction import Restriction, cut, widened
 
-__all__ = ["Projection", "SeededProjection"]
+__all__ = ["Given", "Option", "Projection", "Weights", "expect_tensors", "faking", "ordinary"]
+
+Weights = Callable[[int], Tensor]
+"""The base weight W [m, n] of a module of the layout, by its number: a plain floating tensor with values."""
 
 
-_MOST_STORED = 1 << 27  # 512 MiB of index
+def faking() -> bool:
+    """Whether tensors are fakes now (``FakeTensorMode``): what is made then has no values and cannot be kept."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting that one projection has.
+
+    Attributes:
+        default: its value where none is given; None: chosen by the projection.
+        text: what it says, for people.
+        least: the smallest number it may be.
+        choices: the values it may have, where they are few.
+    """
+
+    default: Any
+    text: str
+    least: float | None = None
+    choices: tuple[Any, ...] = ()
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises where `value` is not of the kind of the default, or out of range."""
+        kind = type(self.default) if self.default is not None else int
+        good = value is None if self.default is None and value is None else type(value) is kind
+        if kind is float:
+            good = type(value) in (int, float) and value - value == 0  # finite
+        if good and value is not None and self.least is not None:
+            good = value >= self.least
+        if not good or (self.choices and value not in self.choices):
+            expected = f"one of {self.choices}" if self.choices else {bool: "True or False"}.get(kind, kind.__name__)
+            bound = "" if self.least is None else f" >= {self.least}"
+            raise UniLoRAError(f"{name}: expected {expected}{bound}, got {shown(value)}")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the projection of a model is made from.
+
+    Attributes:
+        layout: of theta_D.
+        d: length of theta_d.
+        seed: of the projection.
+        version: of its algorithm; None: the newest.
+        materialize: whether an index is stored; see :class:`~unilora_ext.UniLoRAConfig`.
+        options: all of the projection's options.
+        weights: the base weights.
+    """
+
+    layout: Layout
+    d: int
+    seed: int
+    version: int | None
+    materialize: bool | None
+    options: Mapping[str, Any]
+    weights: Weights
 
 
 class Projection(ABC):
-    """A fixed matrix P [D, d] with one non-zero in each row and columns of norm 1 (paper, section 3.2).
+    """theta_D = c + P theta_d, P [D, d] and c [D] fixed but for the trained parts that P may have.
 
-    Immutable: copies share it. What the operators read of it is made at first use on a device and kept, see
-    :meth:`rows`: as ordinary tensors, whatever mode the first use is in, for the uses that follow.
+    Immutable: copies share it. What is computed from it on a device is made at first use and kept, see
+    :meth:`restrict`: as ordinary tensors, whatever mode the first use is in, for the uses that follow.
 
     Attributes:
-        name: name of the index algorithm in an adapter file.
-        version: version of the index algorithm in an adapter file.
-        versions: all that there are of it, ascending.
-        a_first: whether each layer's A lies before its B in theta_D (PEFT), not after it (paper).
+        name: of the projection in an adapter file.
+        versions: of its algorithm, ascending; an adapter file keeps the number, and what is published stays.
+        version: that of this P.
+        order: what theta_D holds of each module.
+        trained: names of P's own trained parts.
+        stored_names: all names that :meth:`stored` may give.
+        options: settings beside d and the seed.
+        learning_rates: of theta_d and the trained parts, to begin with, under AdamW.
         D: number of rows, the length of theta_D.
         d: number of columns, the length of theta_d.
+        seed: of what is drawn at random in P.
+        given_options: all of `options`, with the values that they have here.
     """
 
-    name: str
-    version: int
-    versions: tuple[int, ...] = (1,)
-    a_first = False
+    name: ClassVar[str]
+    versions: ClassVar[tuple[int, ...]] = (1,)
+    order: ClassVar[Order] = Order.B_A
+    trained: ClassVar[tuple[str, ...]] = ()
+    stored_names: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, Option]] = {}
+    learning_rates: ClassVar[Mapping[str, float]] = {"theta_d": 0.02}
 
-    def __init__(self, D: int, d: int) -> None:
+    def __init__(
+        self, D: int, d: int, seed: int = 0, version: int | None = None, given_options: Mapping[str, Any] | None = None
+    ) -> None:
         limit = _C.max_elements
         for what, value in (("D", D), ("d", d)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
                 raise UniLoRAError(f"{type(self).__name__}: {what}: expected an integer in [1, {limit}], got {value!r}")
-        self.D, self.d = D, d
-        self._rows: dict[torch.device, Rows] = {}
-        self._scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.version = self.versions[-1] if version is None else version
+        if self.version not in self.versions:
+            raise UniLoRAError(f"{type(self).__name__}: version: expected one of {self.versions}, got {version!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise UniLoRAError(f"{type(self).__name__}: seed: expected an integer in [0, 2^63), got {seed!r}")
+        self.D, self.d, self.seed = D, d, seed
+        self.given_options = self.checked_options(given_options or {})
+        self._restrictions: dict[torch.device, Restriction] = {}
 
-    @abstractmethod
-    def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-        """The columns of rows [start, stop): int32 [stop - start] on `device`, computed for this range alone."""
+    # -- what a kind of projection says -------------------------------------------------------------------------------
 
+    @classmethod
+    def size(cls, layout: Layout, options: Mapping[str, Any]) -> int | None:
+        """d, where the sizes give it; None: it is free."""
+        return None
+
+    @classmethod
     @abstractmethod
+    def of(cls, given: Given) -> Projection:
+        """P of a model."""
+
     def spec(self) -> dict[str, Any]:
         """What an adapter file keeps of P, beside D and d; raises where P has no short description."""
+        return {"name": self.name, "version": self.version, "seed": self.seed, "options": dict(self.given_options)}
+
+    @abstractmethod
+    def _restrict(self, device: torch.device, ranges: Sequence[Range]) -> Restriction: ...
+
+    @classmethod
+    @abstractmethod
+    def compute(
+        cls, theta_d: Tensor, trained: Sequence[Tensor], operands: tuple[Any, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """theta_D of some rows in `dtype`, from what :meth:`Restriction.operands` gave: plain operators, so that a
+        graph of them can be traced and differentiated."""
+
+    def start(self, dtype: torch.dtype, bound: float | None = None) -> dict[str, Tensor]:
+        """``theta_d`` and the trained parts as training begins, on the CPU, drawn by PyTorch's global generator.
+
+        Args:
+            dtype: float32 or float64.
+            bound: where theta_d starts uniform in [-bound, bound], the bound; None: 0.02, as in the paper.
+
+        Raises:
+            UniLoRAError: theta_d starts in another way, and a bound is given.
+        """
+        bound = 0.02 if bound is None else bound
+        return {"theta_d": torch.empty(self.d, dtype=dtype, device="cpu").uniform_(-bound, bound)}
+
+    def stored(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What an adapter file keeps beside theta_d: the trained parts, and what tells whether P is made anew as it
+        was, where that depends on more than the seed."""
+        return dict(trained)
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The trained parts from what :meth:`stored` gave.
+
+        Raises:
+            UniLoRAError: other names, shapes or types, or another P.
+        """
+        return expect_tensors(tensors, {name: list(t.shape) for name, t in self._trained_like().items()})
 
     # -- what is derived ----------------------------------------------------------------------------------------------
 
-    def rows(self, device: torch.device | str, ranges: Sequence[tuple[int, int]] | None = None) -> Rows:
+    @classmethod
+    def checked_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options, those that are not given by their defaults.
+
+        Raises:
+            UniLoRAError: an option that this projection has not, or a value that it cannot have.
+        """
+        for name, value in given.items():
+            if name not in cls.options:
+                raise UniLoRAError(
+                    f"projection_options: expected {list(cls.options) or 'none'} for '{cls.name}', got {shown(name)}"
+                )
+            cls.options[name].check(f"projection_options['{name}']", value)
+        return {name: given.get(name, option.default) for name, option in cls.options.items()}
+
+    def restrict(self, device: torch.device | str, ranges: Sequence[Range] | None = None) -> Restriction:
         """The rows of `ranges`, one after the other, on `device`; None: all rows (made once a device and kept)."""
         device, whole = torch.device(device), [(0, self.D)]
         kept = not faking() and (ranges is None or list(ranges) == whole)
-        if kept and device in self._rows:
-            return self._rows[device]
-        with torch.inference_mode(False):
-            rows = self._make_rows(device, whole if ranges is None else ranges)
+        if kept and device in self._restrictions:
+            return self._restrictions[device]
+        restriction = ordinary(lambda: self._restrict(device, whole if ranges is None else ranges))
         if kept:
-            self._rows[device] = rows
-        return rows
+            self._restrictions[device] = restriction
+        return restriction
 
-    def _make_rows(self, device: torch.device, ranges: Sequence[tuple[int, int]]) -> Rows:
-        parts = [self.columns(start, stop, device=device) for start, stop in ranges]
-        return StoredRows(self, parts[0] if len(parts) == 1 else torch.cat(parts))
+    def matrices_in_graph(
+        self,
+        theta_d: Tensor,
+        ranges: Sequence[Range],
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        trained: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        """:meth:`Restriction.matrices` of the rows of `ranges`, for a graph that is being traced."""
+        theta_d, trained = widened(theta_d), tuple(map(widened, trained))
+        operands = _constant_operands(self, theta_d.device, tuple(ranges), theta_d.dtype)
+        return cut(self.compute(theta_d, trained, operands, dtype), shapes)
 
-    @property
-    def index(self) -> Tensor:
-        """int32 [D] on the CPU: the column of each row."""
-        rows = self.rows("cpu")
-        return rows.index if isinstance(rows, StoredRows) else self.columns(0, self.D)
-
-    @property
-    def counts(self) -> Tensor:
-        """int32 [d] on the CPU: n_j, the number of rows in column j."""
-        step = 1 << 24  # a stretch at a time: D may be large
-        counts = torch.zeros(self.d, dtype=torch.int64, device="cpu")
-        for start in range(0, self.D, step):
-            counts += torch.bincount(self.columns(start, min(self.D, start + step)), minlength=self.d)
-        return counts.int()
-
-    def column_scale(self) -> Tensor:
-        """float64 [d] on the CPU: 1 / sqrt(n_j), 0 for an empty column."""
-        return self.scale_on(torch.device("cpu"), torch.float64)
-
-    def scale_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """:meth:`column_scale` in `dtype` on `device`, kept."""
-        if faking():
-            return torch.empty(self.d, device=device, dtype=dtype)
-        if (device, dtype) not in self._scales:
-            with torch.inference_mode(False):
-                self._scales[device, dtype] = self._make_scale(device, dtype)
-        return self._scales[device, dtype]
-
-    def _make_scale(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if device.type != "cpu" or dtype != torch.float64:
-            return self.column_scale().to(device=device, dtype=dtype)
-        counts = self.counts.double()
-        return torch.where(counts > 0, counts.rsqrt(), 0.0)
-
-    @property
-    def scale(self) -> Tensor:
-        """float32 [d] on the CPU: 1 / sqrt(n_j), 0 for an empty column."""
-        return self.scale_on(torch.device("cpu"), torch.float32)
-
-    def __call__(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """theta_D = P theta_d, differentiable.
+    def __call__(self, theta_d: Tensor, dtype: torch.dtype | None = None, trained: Sequence[Tensor] = ()) -> Tensor:
+        """theta_D = c + P theta_d, differentiable.
 
         Args:
             theta_d: [d], float32 or float64 (half types are widened to float32), on any device.
             dtype: of the result; default: that of `theta_d`.
+            trained: P's own trained parts, in the order of :attr:`trained`.
 
         Returns:
             theta_D: [D] on the device of `theta_d`.
         """
         self._check_vector("theta_d", theta_d, self.d)
-        return ops.project(theta_d, self.rows(theta_d.device), dtype)
+        self._check_trained(trained)
+        return self.restrict(theta_d.device).project(theta_d, dtype, trained)
 
-    def transpose(self, g_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def transpose(self, g_D: Tensor, dtype: torch.dtype | None = None, trained: Sequence[Tensor] = ()) -> Tensor:
         """P^T g_D, differentiable: [D] -> [d], summed in float32 (float64 for float64) in a fixed order."""
         self._check_vector("g_D", g_D, self.D)
-        return ops.project_transpose(g_D, self.rows(g_D.device), dtype)
+        self._check_trained(trained)
+        dtype = dtype or accumulator_dtype(g_D.dtype)
+        at = (torch.zeros(self.d, dtype=dtype, device=g_D.device), *trained) if trained else ()
+        return self.restrict(g_D.device).transpose([g_D], dtype, at)[0]
 
-    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+    def offset(self, dtype: torch.dtype = torch.float64, trained: Sequence[Tensor] = ()) -> Tensor:
+        """c [D] on the CPU."""
+        return self(torch.zeros(self.d, dtype=dtype), trained=trained)
+
+    def dense(self, dtype: torch.dtype = torch.float64, trained: Sequence[Tensor] = ()) -> Tensor:
         """P as a dense matrix [D, d] on the CPU: for tests and small examples."""
-        matrix = torch.zeros(self.D, self.d, dtype=dtype, device="cpu")
-        columns = self.index.long()
-        matrix[torch.arange(self.D, device="cpu"), columns] = self.column_scale().to(dtype)[columns]
-        return matrix
+        offset = self.offset(dtype, trained)
+        columns = [self(unit, trained=trained) - offset for unit in torch.eye(self.d, dtype=dtype)]
+        return torch.stack(columns, dim=1)
+
+    def _trained_like(self) -> dict[str, Tensor]:
+        """The trained parts, without values."""
+        with torch.random.fork_rng(devices=[]):
+            return {name: t for name, t in self.start(torch.float32).items() if name != "theta_d"}
 
     def _check_vector(self, what: str, value: Tensor, length: int) -> None:
         if tuple(value.shape) != (length,) or not value.is_floating_point():
@@ -145,64 +265,56 @@ class Projection(ABC):
                 f"got {value.dtype} of shape {list(value.shape)}"
             )
 
+    def _check_trained(self, trained: Sequence[Tensor]) -> None:
+        if len(trained) != len(self.trained):
+            raise UniLoRAError(f"{self}: trained: expected {list(self.trained) or 'none'}, got {len(trained)} tensors")
+
+    def _no_bound(self, bound: float | None) -> None:
+        if bound is not None:
+            raise UniLoRAError(
+                f"init_bound: expected None for '{self.name}', which has a start of its own; got {bound}"
+            )
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(D={self.D}, d={self.d})"
+        return f"{type(self).__name__}(D={self.D}, d={self.d}, seed={self.seed})"
 
     def __deepcopy__(self, memo: dict) -> Projection:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": {}, "_scales": {}}
+        return {**self.__dict__, "_restrictions": {}}
 
 
-class SeededProjection(Projection):
-    """A projection whose index is a function of a seed.
+def expect_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Floating tensors of these names and shapes.
 
-    Args:
-        D, d: rows and columns.
-        seed: integer in [0, 2^63).
-        materialize: True: the index is stored, 4 bytes an element of theta_D (8 on CUDA). False: it is computed anew
-            in every projection, 0 bytes, on the CPU; values and gradients are the same to the bit. None: stored,
-            but for D > 2^27 on the CPU.
-        version: of the index algorithm; None: the newest.
+    Raises:
+        UniLoRAError: others.
     """
+    got = {name: list(t.shape) for name, t in tensors.items()}
+    if got != dict(shapes) or not all(t.is_floating_point() for t in tensors.values()):
+        raise UniLoRAError(f"trained parts: expected floating tensors {dict(shapes)}, got {shown(got)}")
+    return {name: tensors[name] for name in shapes}
 
-    def __init__(
-        self, D: int, d: int, seed: int = 0, materialize: bool | None = None, version: int | None = None
-    ) -> None:
-        super().__init__(D, d)
-        self.version = self.versions[-1] if version is None else version
-        if self.version not in self.versions:
-            raise UniLoRAError(f"{type(self).__name__}: version: expected one of {self.versions}, got {version!r}")
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise UniLoRAError(f"{type(self).__name__}: seed: expected an integer in [0, 2^63), got {seed!r}")
-        self.seed, self.materialize = seed, materialize
 
-    def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-        self._check_range(start, stop)
-        index = torch.empty(stop - start, dtype=torch.int32, device=device)
-        if not index.is_meta:
-            self._fill(index, start)
-        return index
+_Made = TypeVar("_Made")
 
-    def _check_range(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= self.D:
-            raise UniLoRAError(f"{self}: rows: expected 0 <= start <= stop <= {self.D}, got {start}, {stop}")
 
-    @abstractmethod
-    def _fill(self, index: Tensor, start: int) -> None:
-        """Writes the columns of positions start, start + 1, ... into `index`."""
+def ordinary(make: Callable[[], _Made]) -> _Made:
+    """What `make` makes, as ordinary tensors without gradients, which may be kept: in inference mode, too."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
 
-    def _make_rows(self, device: torch.device, ranges: Sequence[tuple[int, int]]) -> Rows:
-        if self.materialize is False and device.type == "cuda":
-            raise UniLoRAError(f"{self}: materialize=False: expected rows on the CPU, got {device}")
-        stored = self.materialize if self.materialize is not None else self.D <= _MOST_STORED
-        if stored or device.type != "cpu":
-            return super()._make_rows(device, ranges)
-        return SeededRows(self, ranges)
 
-    def spec(self) -> dict[str, Any]:
-        return {"name": self.name, "version": self.version, "seed": self.seed}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(D={self.D}, d={self.d}, seed={self.seed})"
+@torch.compiler.assume_constant_result
+def _constant_operands(
+    projection: Projection, device: torch.device, ranges: Sequence[Range], dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """What some rows are computed from, made for real while a graph is traced, and constants of that graph."""
+    recorder = torch._C._get_tracing_state()  # of torch.jit.trace
+    torch._C._set_tracing_state(None)
+    try:
+        with _disable_current_modes():
+            return projection.restrict(device, ranges).operands(dtype)
+    finally:
+        torch._C._set_tracing_state(recorder)

@@ -1,5 +1,7 @@
 """peft: the index of PEFT's UniLora, version 0.21."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -7,11 +9,12 @@ import torch
 from torch import Tensor
 
 from unilora_ext.errors import UniLoRAError
-from unilora_ext.projections.base import SeededProjection
-from unilora_ext.projections.rows import faking
+from unilora_ext.layout import Order
+from unilora_ext.projections.base import Given, faking, ordinary
+from unilora_ext.projections.indexed import IndexedProjection
 
 
-class PeftProjection(SeededProjection):
+class PeftProjection(IndexedProjection):
     """PEFT's own assignment, so that the same seed and theta_d give the same matrices as ``peft.UniLoraConfig``:
     floor(D / d) copies of every column, D mod d columns drawn for the rest, shuffled by NumPy's default generator.
     In theta_D each layer's A lies before its B.
@@ -20,7 +23,8 @@ class PeftProjection(SeededProjection):
     4 bytes an element of theta_D.
 
     Args:
-        D, d, seed: as in :class:`SeededProjection`.
+        D, d: rows and columns.
+        seed: integer in [0, 2^63).
         materialize: True or None.
         version: 1 or None.
 
@@ -29,15 +33,19 @@ class PeftProjection(SeededProjection):
     """
 
     name = "peft"
-    a_first = True
+    order = Order.A_B
 
     def __init__(
         self, D: int, d: int, seed: int = 0, materialize: bool | None = None, version: int | None = None
     ) -> None:
-        super().__init__(D, d, seed, materialize=True, version=version)
+        super().__init__(D, d, seed, version)
         if materialize is False:
             raise UniLoRAError("PeftProjection: materialize: expected True or None (a shuffle is stored), got False")
         self._index: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Given) -> PeftProjection:
+        return cls(given.layout.D, given.d, given.seed, given.materialize, given.version)
 
     def _shuffled(self) -> Tensor:
         """int32 [D] on the CPU."""
@@ -48,8 +56,7 @@ class PeftProjection(SeededProjection):
             if rest:
                 index = np.concatenate([index, generator.choice(self.d, size=rest, replace=False)])
             generator.shuffle(index)  # of int64: NumPy shuffles int32 to the same order, at half the speed
-            with torch.inference_mode(False):
-                self._index = torch.from_numpy(index.astype(np.int32))
+            self._index = ordinary(lambda: torch.from_numpy(index.astype(np.int32)))
         return self._index
 
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
@@ -57,9 +64,6 @@ class PeftProjection(SeededProjection):
         if torch.device(device).type == "meta" or faking():
             return torch.empty(stop - start, dtype=torch.int32, device=device)
         return self._shuffled()[start:stop].to(device)
-
-    def _fill(self, index: Tensor, start: int) -> None:
-        index.copy_(self._shuffled()[start : start + len(index)])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_index": None}

@@ -1,9 +1,6 @@
 """uniform: the paper's P, each row's column drawn independently."""
 
-import torch
-from torch import Tensor
-
-from unilora_ext.projections.base import SeededProjection
+from unilora_ext.projections.indexed import SeededProjection
 
 
 class UniformProjection(SeededProjection):
@@ -13,6 +10,3 @@ class UniformProjection(SeededProjection):
     """
 
     name = "uniform"
-
-    def _fill(self, index: Tensor, start: int) -> None:
-        torch.ops.unilora.fill_index(index, self.name, self.version, self.D, self.d, self.seed, start)

@@ -10,8 +10,8 @@
 
 from typing import Any
 
+from unilora_ext.export import export_lora
 from unilora_ext.integrations.peft.checkpoint import from_peft, need_peft, to_peft
-from unilora_ext.integrations.peft.export import export_lora
 
 __all__ = ["accelerate", "accelerated_layers", "export_lora", "from_peft", "to_peft"]
 

@@ -12,8 +12,8 @@ from peft.tuners.unilora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from unilora_ext import ops
 from unilora_ext.errors import AttachError
+from unilora_ext.functional import autocast_dtype
 from unilora_ext.integrations.peft.buffers import ComputedBuffers, Segment
 from unilora_ext.integrations.peft.vectors import AdapterVector, Vectors, layers_of, read_vector
 
@@ -129,13 +129,14 @@ class AcceleratedLinear(Linear):
     def use(self, name: str, slot_id: int, vector: AdapterVector) -> None:
         """From now on the adapter's factors are those of a slot of `vector`."""
         self.slot_ids[name] = slot_id
-        slot = vector.slots[slot_id]
-        size_A = slot.r * slot.n  # it comes first
+        layout = vector.layout
+        (m, n), r = layout.shapes[slot_id], layout.r
+        start_A, start_B = layout.range_of_A(slot_id)[0], layout.range_of_B(slot_id)[0]
         segments = [
-            (slot.start, (slot.r, slot.n), "indices"),
-            (slot.start + size_A, (slot.m, slot.r), "indices"),
-            (slot.start, (slot.r, slot.n), "scales"),
-            (slot.start + size_A, (slot.m, slot.r), "scales"),
+            (start_A, (r, n), "indices"),
+            (start_B, (m, r), "indices"),
+            (start_A, (r, n), "scales"),
+            (start_B, (m, r), "scales"),
         ]
         for buffers, segment in zip(self._buffer_dicts(), segments, strict=True):
             buffers.compute(name, Segment(vector.projection, *segment))
@@ -148,7 +149,8 @@ class AcceleratedLinear(Linear):
         if vector is None:
             return super()._get_lora_matrices(adapter, cast_to_fp32)
         dtype = torch.float32 if cast_to_fp32 else vector.theta_d.dtype
-        return vector.factors(self.slot_ids[adapter], self.weight.device, dtype)
+        update = vector.update(self.slot_ids[adapter], self.weight.device, dtype)
+        return update.A, update.B
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = None if args or kwargs else self._fusable_adapter(x)
@@ -156,9 +158,9 @@ class AcceleratedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        dtype = ops.autocast_dtype(x.device, weight.dtype)
-        A, B = self.vectors.by_adapter[adapter].factors(self.slot_ids[adapter], weight.device, dtype)
-        return ops.lora_linear(x, weight, base.bias, A, B).to(x.dtype)
+        dtype = autocast_dtype(x.device, weight.dtype)
+        update = self.vectors.by_adapter[adapter].update(self.slot_ids[adapter], weight.device, dtype)
+        return update.linear(x, weight, base.bias).to(x.dtype)
 
     def _fusable_adapter(self, x: Tensor) -> str | None:
         """The one adapter that is active, where nothing but a plain matmul is asked for."""
@@ -184,5 +186,5 @@ def _is_plain(base: nn.Module, x: Tensor) -> bool:
         type(weight) in (nn.Parameter, Tensor)
         and weight.dtype in _FUSED_DTYPES
         and weight.device == x.device
-        and ops.autocast_dtype(x.device, x.dtype) == ops.autocast_dtype(x.device, weight.dtype)
+        and autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, weight.dtype)
     )

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter
-from unilora_ext.checkpoint import Fit, parse_tensors, take_theta_d
+from unilora_ext.checkpoint import parse_tensors, take_theta_d
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError, shown
+from unilora_ext.export import PREFIX, common_record, exact_targets, write_folder
 from unilora_ext.files import open_file, read_all
-from unilora_ext.integrations.peft.export import PREFIX, common_record, exact_targets, write_folder
 from unilora_ext.integrations.peft.vectors import are_column_scales
+from unilora_ext.loading import Fit
 from unilora_ext.projections import Projection
 from unilora_ext.record import conform, parse_json
 from unilora_ext.targets import Target
@@ -73,7 +74,7 @@ def to_peft(adapter: Adapter, folder: str | Path) -> None:
         "theta_d_length": adapter.projection.d,
         "proj_seed": config.seed,
         "unilora_dropout": config.dropout,
-        "init_theta_d_bound": config.init_bound,
+        "init_theta_d_bound": 0.02 if config.init_bound is None else config.init_bound,
         "init_weights": True,
         "save_indices": False,
     }
@@ -109,8 +110,8 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
     except UniLoRAError as error:
         raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
     fit = Fit.of(model, folder, config, names)
-    _take_index(folder, tensors, fit.targets, config.r, fit.projection)
-    return fit.attach(theta_d.to(fit.accumulator_dtype), tensors)
+    _take_index(folder, tensors, fit.plan.targets, config.r, fit.plan.projection)
+    return fit.attach(theta_d.to(fit.accumulator_dtype), {}, tensors)
 
 
 def need_peft() -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext.errors import UniLoRAError
+from unilora_ext.layout import Layout, Order
 from unilora_ext.projections import OneHotProjection, Projection
-from unilora_ext.shared_vector import SharedVector, Slot
+from unilora_ext.shared_vector import SharedVector
 
 __all__ = ["AdapterVector", "Vectors", "are_column_scales", "layers_of", "read_vector"]
 
@@ -23,11 +24,11 @@ class AdapterVector(SharedVector):
         parameters: PEFT's ``unilora_theta_d``, by adapter name.
         name: of the adapter.
         projection: P.
-        slots: of the adapter's layers, in their order.
+        layout: of the adapter's layers, in their order.
     """
 
-    def __init__(self, parameters: nn.ParameterDict, name: str, projection: Projection, slots: Sequence[Slot]) -> None:
-        super().__init__(None, projection, slots)
+    def __init__(self, parameters: nn.ParameterDict, name: str, projection: Projection, layout: Layout) -> None:
+        super().__init__(None, projection, layout)
         self.parameters_by_name, self.name = parameters, name
 
     @property
@@ -88,21 +89,20 @@ def read_vector(layers: Sequence[Any], name: str) -> AdapterVector:
         UniLoRAError: buffers on the meta device, an index out of range, or floating scales that are not 1 / sqrt(n_j).
     """
     parameters = layers[0].unilora_theta_d
-    slots, indices, scales, start = [], [], [], 0
+    indices, scales = [], []
     for layer in layers:
         for part in (layer.unilora_indices_A, layer.unilora_indices_B):
             if part[name].is_meta:
                 raise UniLoRAError(f"adapter '{name}': expected loaded buffers, got some on the meta device")
             indices.append(part[name].flatten().int().cpu())
         scales += [part[name].flatten().cpu() for part in (layer.unilora_scales_A, layer.unilora_scales_B)]
-        slots.append(Slot(start, layer.out_features, layer.in_features, layer.r[name], a_first=True))
-        start = slots[-1].stop
     projection = OneHotProjection(torch.cat(indices), parameters[name].numel())
     # PEFT casts the scales to the dtype of the base weight: of a quantised one, uint8, and zeros are left of them. The
     # index says what they were.
     if all(part.is_floating_point() for part in scales):
         _check_scales(projection, torch.cat([part.float() for part in scales]), name)
-    return AdapterVector(parameters, name, projection, slots)
+    shapes = tuple((layer.out_features, layer.in_features) for layer in layers)
+    return AdapterVector(parameters, name, projection, Layout(shapes, layers[0].r[name], Order.A_B))
 
 
 def _check_scales(projection: Projection, got: Tensor, name: str) -> None:

@@ -11,11 +11,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from unilora_ext.adapter import Adapter
+from unilora_ext.attachment import Attached
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.files import locked, replace_file, sweep
-from unilora_ext.ops import accumulator_dtype
-from unilora_ext.sharded_tensors import full, is_writer, settle
+from unilora_ext.functional import accumulator_dtype
+from unilora_ext.sharded_tensors import full, is_writer, reshard
 
 __all__ = ["PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
 
@@ -25,7 +25,7 @@ _LEFTOVER = re.compile(r"\.(adapter_model|adapter_config)-[0-9a-f]{8}\.tmp")
 """What killed processes leave of the two files."""
 
 
-def export_lora(adapter: Adapter, folder: str | Path) -> None:
+def export_lora(adapter: Attached, folder: str | Path) -> None:
     """Writes the update as a LoRA adapter of rank r: the same B A, nothing is approximated.
 
     Args:
@@ -34,15 +34,15 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
             [m, r], float32, and modules_to_save) and ``adapter_config.json`` (lora_alpha = scaling r).
 
     Raises:
-        UniLoRAError: a layer is used under two names; nothing is written.
+        UniLoRAError: a layer is used under two names, or the projection makes dense updates; nothing is written.
 
     PEFT loads all of it. vLLM and llama.cpp's converter refuse an adapter with modules_to_save.
     """
-    settle(adapter.model)
+    reshard(adapter.model)
     config, tensors = adapter.config, {}
     with torch.no_grad():
         for name, layer in adapter.layers.items():
-            A, B = layer.lora_factors(accumulator_dtype(layer.factors_like()[1]))
+            A, B = layer.lora_factors(accumulator_dtype(layer.update_like()[1]))
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
     for name, tensor in adapter.modules_to_save().items():
         tensors[PREFIX + name] = tensor
@@ -56,7 +56,7 @@ def export_lora(adapter: Adapter, folder: str | Path) -> None:
     write_folder(adapter, folder, record, tensors)
 
 
-def common_record(adapter: Adapter) -> dict[str, Any]:
+def common_record(adapter: Attached) -> dict[str, Any]:
     """What ``adapter_config.json`` says of every kind of adapter."""
     config, model = adapter.config, adapter.model
     return {
@@ -101,7 +101,7 @@ def _has_ending(name: str, endings: set[str]) -> bool:
     return False
 
 
-def write_folder(adapter: Adapter, folder: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_folder(adapter: Attached, folder: str | Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes ``adapter_model.safetensors``, then ``adapter_config.json``, each in one step."""
     whole = {name: full(tensor).cpu().contiguous().clone() for name, tensor in tensors.items()}
     if not all(map(is_writer, (adapter.theta_d, *adapter.modules_to_save().values()))):

@@ -1,16 +1,18 @@
 """Any given index."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unilora_ext.errors import UniLoRAError
-from unilora_ext.projections.base import Projection
-from unilora_ext.projections.rows import faking
+from unilora_ext.projections.base import Given, faking, ordinary
+from unilora_ext.projections.indexed import IndexedProjection
 
 
-class OneHotProjection(Projection):
+class OneHotProjection(IndexedProjection):
     """P with a given column for each row.
 
     Args:
@@ -19,7 +21,6 @@ class OneHotProjection(Projection):
     """
 
     name = "onehot"
-    version = 1
 
     def __init__(self, index: Tensor, d: int) -> None:
         given = index if isinstance(index, Tensor) else torch.tensor(index, device="cpu")
@@ -32,8 +33,11 @@ class OneHotProjection(Projection):
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= d:
             raise UniLoRAError(f"OneHotProjection: index: expected values in [0, {d}), got values in [{low}, {high}]")
-        with torch.inference_mode(False):
-            self._index = given.to(device="cpu", dtype=torch.int32, copy=True)
+        self._index = ordinary(lambda: given.to(device="cpu", dtype=torch.int32, copy=True))
+
+    @classmethod
+    def of(cls, given: Given) -> OneHotProjection:
+        raise UniLoRAError("OneHotProjection: it is made from an index, not from a layout")
 
     def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         if torch.device(device).type == "meta" or faking():

@@ -1,0 +1,113 @@
+"""What an adapter is in a model: all of its state is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from unilora_ext.config import UniLoRAConfig
+from unilora_ext.errors import AttachError
+from unilora_ext.layer import UniLoRALayer
+from unilora_ext.projections import Projection
+from unilora_ext.shared_vector import SharedVector
+from unilora_ext.targets import find_modules
+from unilora_ext.uncalled import Handle
+
+__all__ = ["CHILD", "Attachment", "attachment_of", "whole_tensors"]
+
+CHILD = "unilora"
+"""Name under which a model holds its :class:`SharedVector`: ``state_dict`` has ``unilora.theta_d``."""
+
+
+@dataclass
+class Attachment:
+    """What attach() did to a model, to be undone by detach(). Names, not modules: it survives a deep copy."""
+
+    config: UniLoRAConfig
+    requires_grad: dict[str, bool]  # of every parameter, before
+    classes: dict[str, type[nn.Module]]  # of every adapted layer, before
+    saved_originals: dict[str, Tensor]  # parameters and buffers of modules_to_save, before
+    handles: list[Handle] = field(default_factory=list)
+    trained_before_merge: dict[str, bool] = field(default_factory=dict)  # requires_grad of what is trained
+    replicated: bool = False  # what is trained is whole on every process, see distributed.replicate
+
+
+def attachment_of(model: nn.Module) -> tuple[SharedVector, Attachment]:
+    """The shared vector of a model, and what attach() did.
+
+    Raises:
+        AttachError: the model has no adapter.
+    """
+    vector = getattr(model, CHILD, None)
+    if not isinstance(vector, SharedVector):
+        raise AttachError(f"{type(model).__name__} has no Uni-LoRA adapter, or it was detached")
+    return vector, vector.attachment
+
+
+def whole_tensors(model: nn.Module, config: UniLoRAConfig) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of modules_to_save, by their full names."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in find_modules(model, config.modules_to_save, "modules_to_save"):
+        for key, value in module.state_dict(prefix=name + ".", keep_vars=True).items():
+            tensors.setdefault(key, value)
+    return tensors
+
+
+class Attached:
+    """A model with an adapter, and a view of it.
+
+    Attributes:
+        model: the adapted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def vector(self) -> SharedVector:
+        """The model's shared vector.
+
+        Raises:
+            AttachError: the adapter was detached.
+        """
+        return attachment_of(self.model)[0]
+
+    @property
+    def attachment(self) -> Attachment:
+        """What attach() did to the model."""
+        return attachment_of(self.model)[1]
+
+    @property
+    def config(self) -> UniLoRAConfig:
+        """The configuration, with `d` filled in."""
+        return self.attachment.config
+
+    @property
+    def theta_d(self) -> nn.Parameter:
+        """[d]: the trainable vector."""
+        return self.vector.theta_d
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """theta_d and the projection's trained parts, by name: what is trained beside modules_to_save."""
+        return self.vector.trained
+
+    @property
+    def projection(self) -> Projection:
+        """P [D, d]."""
+        return self.vector.projection
+
+    @property
+    def layers(self) -> dict[str, UniLoRALayer]:
+        """The adapted layers by name, in the order of theta_D."""
+        return {name: self.model.get_submodule(name) for name in self.attachment.classes}
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the weights."""
+        return any(layer.merged for layer in self.layers.values())
+
+    def modules_to_save(self) -> dict[str, Tensor]:
+        """Trained parameters and buffers of the modules that are trained whole, by their full names."""
+        return whole_tensors(self.model, self.config) if self.vector.enabled else self.attachment.saved_originals

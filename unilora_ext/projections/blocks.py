@@ -1,0 +1,170 @@
+"""Projections whose theta_D lies in blocks, each computed by PyTorch from theta_d alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unilora_ext.functional import without_autocast
+from unilora_ext.layout import Range
+from unilora_ext.projections.base import Projection, faking, ordinary
+from unilora_ext.projections.restriction import Gradients, Restriction
+
+__all__ = ["BlockProjection"]
+
+_Operands = tuple[Any, ...]
+
+
+class BlockProjection(Projection):
+    """theta_D = [block_0, block_1, ...]: rows are computed by whole blocks, of which the asked ones are taken.
+
+    Args:
+        bounds: block k holds positions [bounds[k], bounds[k + 1]).
+        d: length of theta_d.
+        seed, version: see :class:`Projection`.
+        given_options: see :class:`Projection`.
+    """
+
+    keeps = True
+    """Whether what blocks are computed from is kept on a device."""
+
+    def __init__(
+        self,
+        bounds: Sequence[int],
+        d: int,
+        seed: int = 0,
+        version: int | None = None,
+        given_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(bounds[-1], d, seed, version, given_options)
+        self.bounds = tuple(bounds)
+        self._kept: dict[tuple[int, torch.device, torch.dtype], _Operands] = {}
+
+    def columns_of(self, block: int) -> Range:
+        """The columns of P that a block reads: the others are 0 in its rows."""
+        return 0, self.d
+
+    @abstractmethod
+    def block_operands(self, block: int, device: torch.device, dtype: torch.dtype) -> _Operands:
+        """What :meth:`block` reads beside theta_d in `dtype`: tensors on `device`, and numbers."""
+
+    @staticmethod
+    @abstractmethod
+    def block(theta_d: Tensor, trained: Sequence[Tensor], operands: _Operands) -> Tensor:
+        """c + P theta_d of one block, of any shape, in the dtype of theta_d: plain operators.
+
+        Args:
+            theta_d: its columns alone, see :meth:`columns_of`.
+            trained: P's trained parts.
+            operands: what :meth:`block_operands` gave.
+        """
+
+    def kept_operands(self, block: int, device: torch.device, dtype: torch.dtype) -> _Operands:
+        """:meth:`block_operands`, kept."""
+        if not self.keeps or faking():
+            return self.block_operands(block, device, dtype)
+        if (key := (block, device, dtype)) not in self._kept:
+            self._kept[key] = ordinary(lambda: self.block_operands(block, device, dtype))
+        return self._kept[key]
+
+    @classmethod
+    def compute(cls, theta_d: Tensor, trained: Sequence[Tensor], operands: _Operands, dtype: torch.dtype) -> Tensor:
+        with without_autocast(theta_d.device):
+            parts = [
+                cls.rows_of_block(theta_d[slice(*columns)], trained, block, spans).to(dtype)
+                for columns, block, spans in operands
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @classmethod
+    def rows_of_block(
+        cls, theta_d: Tensor, trained: Sequence[Tensor], operands: _Operands, spans: tuple[Range, ...]
+    ) -> Tensor:
+        """Rows `spans` of a block, one after the other."""
+        rows = cls.block(theta_d, trained, operands).reshape(-1)
+        if spans == ((0, len(rows)),):
+            return rows
+        return torch.cat([rows[start:stop] for start, stop in spans])
+
+    def _restrict(self, device: torch.device, ranges: Sequence[Range]) -> Restriction:
+        return _Blocks(self, device, self._spans(ranges), sum(stop - start for start, stop in ranges))
+
+    def _spans(self, ranges: Sequence[Range]) -> list[tuple[int, tuple[Range, ...]]]:
+        """(block, rows of it) that make up `ranges`, in their order."""
+        spans: list[tuple[int, tuple[Range, ...]]] = []
+        for start, stop in ranges:
+            while start < stop:
+                block = bisect_right(self.bounds, start) - 1
+                first, end = self.bounds[block], min(stop, self.bounds[block + 1])
+                rows = ((start - first, end - first),)
+                if spans and spans[-1][0] == block:
+                    rows = spans.pop()[1] + rows
+                spans.append((block, rows))
+                start = end
+        return spans
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": {}}
+
+
+class _Blocks(Restriction):
+    """Rows that are taken from some blocks."""
+
+    def __init__(
+        self,
+        projection: BlockProjection,
+        device: torch.device,
+        spans: Sequence[tuple[int, tuple[Range, ...]]],
+        length: int,
+    ) -> None:
+        self.projection, self.device, self.spans, self._len = projection, device, spans, length
+
+    def __len__(self) -> int:
+        return self._len
+
+    @property
+    def nbytes(self) -> int:
+        projection = self.projection
+        if not projection.keeps:
+            return 0
+        kept = {block: projection.kept_operands(block, self.device, torch.float32) for block, _ in self.spans}
+        tensors = [t for operands in kept.values() for t in operands if isinstance(t, Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def operands(self, dtype: torch.dtype) -> _Operands:
+        return tuple(self._each(dtype))
+
+    def _each(self, dtype: torch.dtype) -> Iterator[_Operands]:
+        """(columns, operands, rows) of one block after the other: what is not kept is there one at a time."""
+        for block, rows in self.spans:
+            operands = self.projection.kept_operands(block, self.device, dtype)
+            yield self.projection.columns_of(block), operands, rows
+
+    def forward(self, theta_d: Tensor, trained: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        compute = self.projection.compute
+        return torch.cat([compute(theta_d, trained, (each,), dtype) for each in self._each(theta_d.dtype)])
+
+    def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
+        """By the derivative of each block, which is computed anew for it."""
+        g_D = (pieces[0] if len(pieces) == 1 else torch.cat([piece.reshape(-1) for piece in pieces])).reshape(-1)
+        differentiable, start = torch.is_grad_enabled(), 0
+        with torch.enable_grad(), without_autocast(self.device):
+            theta_d, *trained = at or [torch.zeros(self.projection.d, dtype=dtype, device=self.device)]
+            totals = [torch.zeros_like(t, requires_grad=False) for t in (theta_d, *trained)]
+            for columns, operands, rows in self._each(dtype):
+                # Views, so that a graph of the gradient leads back to theta_d and the trained parts.
+                own = [t.view_as(t) if differentiable else t.detach() for t in (theta_d[slice(*columns)], *trained)]
+                own = [t if t.requires_grad else t.requires_grad_() for t in own]
+                values = self.projection.rows_of_block(own[0], own[1:], operands, rows)
+                grad, start = g_D[start : start + len(values)].to(values.dtype), start + len(values)
+                found = torch.autograd.grad(
+                    values, own, grad, create_graph=differentiable, allow_unused=True, materialize_grads=True
+                )
+                totals[0][slice(*columns)] += found[0]
+                totals[1:] = [total + g for total, g in zip(totals[1:], found[1:], strict=True)]
+        return tuple(totals)

@@ -1,0 +1,236 @@
+"""Projections with one non-zero in a row: an index, and perhaps a value a row. The operators' own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from unilora_ext.errors import UniLoRAError
+from unilora_ext.layout import Range
+from unilora_ext.projections.base import Given, Option, Projection, faking, ordinary
+from unilora_ext.projections.restriction import Gradients, Restriction
+
+__all__ = ["NORMALIZE", "IndexedProjection", "SeededProjection"]
+
+operators = torch.ops.unilora
+
+_MOST_STORED = 1 << 27  # 512 MiB of index
+
+NORMALIZE = {"normalize": Option(True, "whether column j is scaled by 1 / sqrt(n_j), which makes P isometric")}
+
+
+class IndexedProjection(Projection):
+    """``theta_D[i] = theta_d[index[i]] * scale[index[i]]``, times ``value[i]`` where a row has one; scale[j] is
+    1 / sqrt(n_j), n_j the number of rows in column j, so that P^T P = I for values +-1 (paper, section 3.2)."""
+
+    def __init__(self, D: int, d: int, seed: int = 0, version: int | None = None, **options: Any) -> None:
+        super().__init__(D, d, seed, version, options)
+        self._scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @abstractmethod
+    def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        """The columns of rows [start, stop): int32 [stop - start] on `device`, computed for this range alone."""
+
+    def values(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor | None:
+        """The value of rows [start, stop): float32 [stop - start]; None: 1 in all rows."""
+        return None
+
+    @property
+    def index(self) -> Tensor:
+        """int32 [D] on the CPU: the column of each row."""
+        restriction = self.restrict("cpu")
+        return restriction.index if isinstance(restriction, StoredRows) else self.columns(0, self.D)
+
+    @property
+    def counts(self) -> Tensor:
+        """int32 [d] on the CPU: n_j, the number of rows in column j."""
+        step = 1 << 24  # a stretch at a time: D may be large
+        counts = torch.zeros(self.d, dtype=torch.int64, device="cpu")
+        for start in range(0, self.D, step):
+            counts += torch.bincount(self.columns(start, min(self.D, start + step)), minlength=self.d)
+        return counts.int()
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 [d] on the CPU: 1 / sqrt(n_j), 0 for an empty column."""
+        return self.scale_on(torch.device("cpu"), torch.float32)
+
+    def column_scale(self) -> Tensor:
+        """:attr:`scale` in float64."""
+        return self.scale_on(torch.device("cpu"), torch.float64)
+
+    def scale_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """:attr:`scale` in `dtype` on `device`, kept."""
+        if faking():
+            return torch.empty(self.d, device=device, dtype=dtype)
+        if (device, dtype) not in self._scales:
+            self._scales[device, dtype] = ordinary(lambda: self._make_scale(device, dtype))
+        return self._scales[device, dtype]
+
+    def _make_scale(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if device.type != "cpu" or dtype != torch.float64:
+            return self.column_scale().to(device=device, dtype=dtype)
+        if not self.given_options.get("normalize", True):
+            return torch.ones(self.d, dtype=dtype, device=device)
+        counts = self.counts.double()
+        return torch.where(counts > 0, counts.rsqrt(), 0.0)
+
+    def _restrict(self, device: torch.device, ranges: Sequence[Range]) -> Restriction:
+        def joined(parts: list[Tensor]) -> Tensor:
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        index = joined([self.columns(start, stop, device) for start, stop in ranges])
+        values = [self.values(start, stop, device) for start, stop in ranges]
+        return StoredRows(self, index, None if None in values else joined(values))
+
+    @classmethod
+    def compute(
+        cls, theta_d: Tensor, trained: Sequence[Tensor], operands: tuple[Any, ...], dtype: torch.dtype
+    ) -> Tensor:
+        if isinstance(operands[1], str):
+            return operators.project_seeded(theta_d, *operands, dtype)
+        return operators.project(theta_d, *operands, dtype)
+
+    def dense(self, dtype: torch.dtype = torch.float64, trained: Sequence[Tensor] = ()) -> Tensor:
+        matrix = torch.zeros(self.D, self.d, dtype=dtype, device="cpu")
+        columns, values = self.index.long(), self.values(0, self.D)
+        of_rows = self.column_scale().to(dtype)[columns]
+        matrix[torch.arange(self.D, device="cpu"), columns] = of_rows if values is None else of_rows * values
+        return matrix
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.D:
+            raise UniLoRAError(f"{self}: rows: expected 0 <= start <= stop <= {self.D}, got {start}, {stop}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_scales": {}}
+
+
+class SeededProjection(IndexedProjection):
+    """A projection whose index is a function of a seed, computed by the native library for any range of rows.
+
+    Args:
+        D, d: rows and columns.
+        seed: integer in [0, 2^63).
+        materialize: True: the index is stored, 4 bytes an element of theta_D (8 on CUDA). False: it is computed anew
+            in every projection, 0 bytes, on the CPU; values and gradients are the same to the bit. None: stored,
+            but for D > 2^27 on the CPU.
+        version: of the index algorithm; None: the newest.
+        **options: see :attr:`Projection.options`.
+    """
+
+    options: ClassVar[Mapping[str, Option]] = NORMALIZE
+
+    def __init__(
+        self,
+        D: int,
+        d: int,
+        seed: int = 0,
+        materialize: bool | None = None,
+        version: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(D, d, seed, version, **options)
+        self.materialize = materialize
+
+    @classmethod
+    def of(cls, given: Given) -> SeededProjection:
+        return cls(given.layout.D, given.d, given.seed, given.materialize, given.version, **given.options)
+
+    def columns(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        self._check_range(start, stop)
+        index = torch.empty(stop - start, dtype=torch.int32, device=device)
+        if not index.is_meta:
+            operators.fill_index(index, self.name, self.version, self.D, self.d, self.seed, start)
+        return index
+
+    def _restrict(self, device: torch.device, ranges: Sequence[Range]) -> Restriction:
+        if self.materialize is False and device.type == "cuda":
+            raise UniLoRAError(f"{self}: materialize=False: expected rows on the CPU, got {device}")
+        stored = self.materialize if self.materialize is not None else self.D <= _MOST_STORED
+        if stored or device.type != "cpu":
+            return super()._restrict(device, ranges)
+        return ComputedRows(self, ranges)
+
+
+# ---- rows on a device -----------------------------------------------------------------------------------------------
+
+
+class StoredRows(Restriction):
+    """Rows with a stored index: 4 bytes a row; on CUDA 8, once gradients are wanted. A value a row is 4 more.
+
+    Args:
+        projection: P.
+        index: int32 [n], the column of each row.
+        value: float32 [n], or None.
+    """
+
+    def __init__(self, projection: IndexedProjection, index: Tensor, value: Tensor | None) -> None:
+        self.projection, self.index, self.value, self.device = projection, index, value, index.device
+        self._members: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.index, self.value, *(self._members or ())) if t is not None)
+
+    def members(self) -> tuple[Tensor, Tensor]:
+        """(order int32 [n], offsets int32 [d + 1]): column j has the rows ``order[offsets[j]:offsets[j + 1]]``, in
+        ascending order. Made once."""
+        if self._members is None:
+            self._members = ordinary(self._sorted)
+        return self._members
+
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        columns, order = torch.sort(self.index, stable=True)
+        bounds = torch.arange(self.projection.d + 1, dtype=columns.dtype, device=columns.device)
+        return order.int(), torch.searchsorted(columns, bounds).int()
+
+    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        value = None if self.value is None else self.value.to(dtype)
+        return self.projection.scale_on(self.device, dtype), self.index, value
+
+    def forward(self, theta_d: Tensor, trained: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return operators.project(theta_d, *self.operands(theta_d.dtype), dtype)
+
+    def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
+        scale, index, value = self.operands(dtype)
+        if index.is_cuda:
+            whole = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
+            return (operators.project_segment_sum(whole, scale, *self.members(), value),)
+        return (operators.project_scatter(pieces, scale, index, value),)
+
+
+class ComputedRows(Restriction):
+    """Rows whose index is computed on the way: nothing is kept. On the CPU.
+
+    Args:
+        projection: P.
+        ranges: of its rows.
+    """
+
+    nbytes = 0
+
+    def __init__(self, projection: SeededProjection, ranges: Sequence[Range]) -> None:
+        self.projection, self.device = projection, torch.device("cpu")
+        bounds = [bound for pair in ranges for bound in pair]
+        self._source = projection.name, projection.version, projection.D, projection.seed, bounds
+        self._len = sum(stop - start for start, stop in ranges)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return self.projection.scale_on(self.device, dtype), *self._source
+
+    def forward(self, theta_d: Tensor, trained: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return operators.project_seeded(theta_d, *self.operands(theta_d.dtype), dtype)
+
+    def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
+        return (operators.project_seeded_scatter(pieces, *self.operands(dtype)),)
