@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(unilora, m) {
       "project_seeded_scatter(Tensor[] grad_theta_D, Tensor scale, str algorithm, int version, int D, int seed, "
       "int[] ranges) -> Tensor");
 
+  // y = H x along the last dimension, H orthonormal, of 2^k numbers (hadamard/hadamard.h).
+  m.def("hadamard(Tensor x) -> Tensor");
+
   // y = x W^T + b + scaling h B^T, h = x A^T (kept for the backward).
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling) "

@@ -100,6 +100,15 @@ def _(grad_theta_D, scale, algorithm, version, D, seed, ranges):
     return scale.new_empty(scale.shape)
 
 
+@_register_fake("hadamard")
+def _(x):
+    n = x.shape[-1] if x.dim() else 0
+    _expect("hadamard", "x", x.dtype in (torch.float32, torch.float64), "dtype float32 or float64", x.dtype)
+    good = 1 <= n <= 2**30 and n & (n - 1) == 0
+    _expect("hadamard", "x", good, "shape [..., n], n a power of two up to 2^30", list(x.shape))
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @_register_fake("lora_linear")
 def _(x, weight, bias, A, B, scaling):
     op, (m, n), r = "lora_linear", weight.shape, A.shape[0]
@@ -209,6 +218,14 @@ def _seeded_scatter_backward(ctx, grad_g_d):
     return _in_pieces(ctx, torch.ops.unilora.project_seeded(grad_g_d, scale, *ctx.source, ctx.dtype)), *[None] * 6
 
 
+def _save_nothing(ctx, inputs, output):
+    pass
+
+
+def _hadamard_backward(ctx, grad_y):  # symmetric, and so its own derivative
+    return (torch.ops.unilora.hadamard(grad_y),)
+
+
 def below_autograd(operator: torch._ops.OpOverload, keyset: DispatchKeySet | None, *args: Any) -> Any:
     """The operator's own kernel: called as it is, or with the `keyset` of a call that has come as far as autograd, so
     that a profiler does not see a second one."""
@@ -259,5 +276,6 @@ for _name, _backward, _save in (
     ("project_segment_sum", _segment_sum_backward, _save_segment_sum),
     ("project_seeded", _seeded_backward, _save_seeded),
     ("project_seeded_scatter", _seeded_scatter_backward, _save_seeded_scatter),
+    ("hadamard", _hadamard_backward, _save_nothing),
 ):
     _register_derivative(_name, _backward, _save)

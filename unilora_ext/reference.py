@@ -116,6 +116,15 @@ def project_transpose(g_D: Tensor, scale: Tensor, index: Tensor, value: Tensor |
     return scale.double() * sums.index_add_(0, index.long(), terms)
 
 
+def hadamard(x: Tensor) -> Tensor:
+    """The Walsh-Hadamard transform of x [..., n], n a power of two, in float64: by the matrix, so for small n."""
+    n = x.shape[-1]
+    place = np.arange(n)
+    parity = [[(i & j).bit_count() % 2 for j in place.tolist()] for i in place.tolist()]
+    H = (1 - 2 * torch.tensor(parity, dtype=torch.float64, device=x.device)) / math.sqrt(n)
+    return x.double() @ H
+
+
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """y in float64, by the dense update W + scaling B A."""
     dense = weight.double() + scaling * (B.double() @ A.double())

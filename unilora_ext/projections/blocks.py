@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from unilora_ext.functional import without_autocast
 from unilora_ext.layout import Range
@@ -49,6 +50,10 @@ class BlockProjection(Projection):
         """The columns of P that a block reads: the others are 0 in its rows."""
         return 0, self.d
 
+    def rows_of(self, block: int) -> tuple[tuple[int, int | None], ...]:
+        """The rows [start, stop) of each trained part that a block reads; stop None: to the end."""
+        return ((0, None),) * len(self.trained)
+
     @abstractmethod
     def block_operands(self, block: int, device: torch.device, dtype: torch.dtype) -> _Operands:
         """What :meth:`block` reads beside theta_d in `dtype`: tensors on `device`, and numbers."""
@@ -60,13 +65,17 @@ class BlockProjection(Projection):
 
         Args:
             theta_d: its columns alone, see :meth:`columns_of`.
-            trained: P's trained parts.
+            trained: P's trained parts, of each the rows of :meth:`rows_of`.
             operands: what :meth:`block_operands` gave.
         """
 
     def kept_operands(self, block: int, device: torch.device, dtype: torch.dtype) -> _Operands:
         """:meth:`block_operands`, kept."""
-        if not self.keeps or faking():
+        if faking():
+            with _disable_current_modes():
+                real = ordinary(lambda: self.block_operands(block, torch.device("cpu"), dtype))
+            return tuple(_like(operand, device) if isinstance(operand, Tensor) else operand for operand in real)
+        if not self.keeps:
             return self.block_operands(block, device, dtype)
         if (key := (block, device, dtype)) not in self._kept:
             self._kept[key] = ordinary(lambda: self.block_operands(block, device, dtype))
@@ -76,8 +85,8 @@ class BlockProjection(Projection):
     def compute(cls, theta_d: Tensor, trained: Sequence[Tensor], operands: _Operands, dtype: torch.dtype) -> Tensor:
         with without_autocast(theta_d.device):
             parts = [
-                cls.rows_of_block(theta_d[slice(*columns)], trained, block, spans).to(dtype)
-                for columns, block, spans in operands
+                cls.rows_of_block(theta_d[slice(*columns)], _rows(trained, rows), block, spans).to(dtype)
+                for columns, rows, block, spans in operands
             ]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -140,10 +149,12 @@ class _Blocks(Restriction):
         return tuple(self._each(dtype))
 
     def _each(self, dtype: torch.dtype) -> Iterator[_Operands]:
-        """(columns, operands, rows) of one block after the other: what is not kept is there one at a time."""
-        for block, rows in self.spans:
-            operands = self.projection.kept_operands(block, self.device, dtype)
-            yield self.projection.columns_of(block), operands, rows
+        """(columns of theta_d, rows of the trained parts, operands, rows) of one block after the other: what is not
+        kept is there one at a time."""
+        projection = self.projection
+        for block, spans in self.spans:
+            operands = projection.kept_operands(block, self.device, dtype)
+            yield projection.columns_of(block), projection.rows_of(block), operands, spans
 
     def forward(self, theta_d: Tensor, trained: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         compute = self.projection.compute
@@ -156,15 +167,28 @@ class _Blocks(Restriction):
         with torch.enable_grad(), without_autocast(self.device):
             theta_d, *trained = at or [torch.zeros(self.projection.d, dtype=dtype, device=self.device)]
             totals = [torch.zeros_like(t, requires_grad=False) for t in (theta_d, *trained)]
-            for columns, operands, rows in self._each(dtype):
+            for columns, rows, operands, spans in self._each(dtype):
                 # Views, so that a graph of the gradient leads back to theta_d and the trained parts.
-                own = [t.view_as(t) if differentiable else t.detach() for t in (theta_d[slice(*columns)], *trained)]
+                own = [
+                    t.view_as(t) if differentiable else t.detach()
+                    for t in (theta_d[slice(*columns)], *_rows(trained, rows))
+                ]
                 own = [t if t.requires_grad else t.requires_grad_() for t in own]
-                values = self.projection.rows_of_block(own[0], own[1:], operands, rows)
+                values = self.projection.rows_of_block(own[0], own[1:], operands, spans)
                 grad, start = g_D[start : start + len(values)].to(values.dtype), start + len(values)
                 found = torch.autograd.grad(
                     values, own, grad, create_graph=differentiable, allow_unused=True, materialize_grads=True
                 )
                 totals[0][slice(*columns)] += found[0]
-                totals[1:] = [total + g for total, g in zip(totals[1:], found[1:], strict=True)]
+                for total, span, g in zip(totals[1:], rows, found[1:], strict=True):
+                    total[slice(*span)] += g
         return tuple(totals)
+
+
+def _rows(trained: Sequence[Tensor], rows: Sequence[tuple[int, int | None]]) -> list[Tensor]:
+    return [part[slice(*span)] for part, span in zip(trained, rows, strict=True)]
+
+
+def _like(tensor: Tensor, device: torch.device) -> Tensor:
+    """A fake of a tensor."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

@@ -22,13 +22,14 @@ class IdentityProjection(Projection):
     Args:
         layout: of theta_D.
         version: 1 or None.
+        seed: kept in an adapter file as it is in the configuration; nothing is drawn from it.
     """
 
     name = "identity"
     learning_rates: ClassVar[Mapping[str, float]] = {"theta_d": 1e-3}
 
-    def __init__(self, layout: Layout, version: int | None = None) -> None:
-        super().__init__(layout.D, layout.D, version=version)
+    def __init__(self, layout: Layout, version: int | None = None, seed: int = 0) -> None:
+        super().__init__(layout.D, layout.D, seed, version)
         self.layout = layout
 
     @classmethod
@@ -37,7 +38,7 @@ class IdentityProjection(Projection):
 
     @classmethod
     def of(cls, given: Given) -> IdentityProjection:
-        return cls(given.layout, given.version)
+        return cls(given.layout, given.version, given.seed)
 
     def start(self, dtype: torch.dtype, bound: float | None = None) -> dict[str, Tensor]:
         self._no_bound(bound)
