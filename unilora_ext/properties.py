@@ -75,7 +75,7 @@ class Properties:
     @property
     def is_uniform(self) -> str:
         """``yes`` or ``no``."""
-        return _tick(self.spread <= max(SPREAD, 1.1 * self.load**-0.5))
+        return _tick(self.load > 0 and self.spread <= max(SPREAD, 1.1 * self.load**-0.5))
 
     @property
     def is_isometric(self) -> str:
@@ -90,8 +90,10 @@ class Properties:
         return self.is_global, self.is_uniform, self.is_isometric
 
 
+@torch.no_grad()
 def measure(projection: Projection, layout: Layout, seed: int = 0) -> Properties:
-    """The properties of a projection of this layout, with its trained parts as they start, in float32 on the CPU.
+    """The properties of a projection of this layout, in float32 on the CPU. Trained parts are as they start; one that
+    starts at 0 is drawn from N(0, 1).
 
     Args:
         projection: P.
@@ -99,7 +101,8 @@ def measure(projection: Projection, layout: Layout, seed: int = 0) -> Properties
         seed: of the random vectors.
     """
     generator = torch.Generator().manual_seed(seed)
-    trained = [t for name, t in projection.start(torch.float32).items() if name != "theta_d"]
+    start = projection.start(torch.float32)
+    trained = [start[name] if start[name].any() else _like(start[name], generator) for name in projection.trained]
     offset = projection.offset(torch.float32, trained)
 
     def forward(x: Tensor) -> Tensor:
@@ -125,6 +128,10 @@ def measure(projection: Projection, layout: Layout, seed: int = 0) -> Properties
         (values[0] / factor, values[1] / factor),
         (min(ratios) / factor, max(ratios) / factor),
     )
+
+
+def _like(part: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(part.shape, generator=generator)
 
 
 def _modules_reached(
