@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unilora_ext as ul
 from unilora_ext.projections import fastfood, gaussian
+from unilora_ext.projections.svd import Basis
 
 GOLDEN = {
     "fourierft": [1.7564929, -2.4088583, -0.84422235, 0.49510292, -16.408142, 0.67555062],
@@ -152,6 +153,27 @@ def test_bases_do_not_depend_on_signs(name):
     for basis, (m, n) in zip(first.bases, SHAPES, strict=True):
         assert basis.U.shape == (m, 3) and basis.V.shape == (n, 3) and basis.U.dtype == torch.float64
         assert (basis.U.gather(0, basis.U.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (16, 16)], ids=str)
+@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4, 1e-8, 0.0])
+def test_basis_is_that_of_the_svd(shape, ratio):
+    U, S, V = (
+        torch.linalg.qr(torch.randn(shape[0], 5).double())[0],
+        torch.tensor([1, 0.9, 0.5, 0.2 * ratio, 0.1 * ratio]).double(),
+        torch.linalg.qr(torch.randn(shape[1], 5).double())[0],
+    )
+    basis = Basis.of(U @ S.diag() @ V.T, 4)
+    torch.testing.assert_close(basis.S, S[:4], rtol=1e-6, atol=1e-14)
+    for vectors in (basis.U, basis.V):
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(4).double(), rtol=0, atol=1e-9)
+    expected = (U * S)[:, :4] @ V[:, :4].T
+    torch.testing.assert_close(basis.U @ basis.S.diag() @ basis.V.T, expected, rtol=0, atol=1e-12)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    with pytest.raises(ul.UniLoRAError, match="not finite"):
+        Basis.of(torch.full((4, 4), torch.nan), 2)
 
 
 @pytest.mark.parametrize("name", ["loraxs", "tinylora"])
