@@ -28,17 +28,35 @@ class Basis(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, r: int) -> Basis:
-        """Of W [m, n], computed where it is."""
-        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        U, S, V = U[:, :r], S[:r], Vh[:r].T
+        """Of W [m, n], computed where it is, in float64.
+
+        Raises:
+            UniLoRAError: an element is not finite.
+        """
+        dtype, W = torch.promote_types(weight.dtype, torch.float32), weight.detach().double()
+        if not W.isfinite().all():
+            raise UniLoRAError(f"the base weight {list(W.shape)} has elements that are not finite, so it has no SVD")
+        U, S, V = _largest(W, r) if len(W) <= W.shape[1] else _largest(W.T, r)[::-1]
         signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-        return cls(*(t.cpu().clone(memory_format=torch.contiguous_format) for t in (U * signs, S, V * signs)))
+        return cls(*(t.to("cpu", dtype).contiguous() for t in (U * signs, S, V * signs)))
 
     def check(self) -> Tensor:
         """float32 [2 r]: inner products of the columns of U and V with a fixed pattern."""
         patterns = (torch.cos(torch.arange(len(t), dtype=torch.float64, device="cpu")) for t in (self.U, self.V))
         return torch.cat([p @ t.double() for p, t in zip(patterns, (self.U, self.V), strict=True)]).float()
+
+
+def _largest(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, r], S [r], V [n, r] of W [m, n], m <= n: by the eigenvectors of W W^T, at a quarter of the cost of the
+    SVD. Squaring takes half of the digits from small singular values; those are left to the SVD."""
+    squares, vectors = torch.linalg.eigh(W @ W.T)
+    if squares[-r] > 1e-6 * squares[-1]:
+        U = vectors[:, -r:].flip(1)
+        V = W.T @ U
+        S = V.norm(dim=0)
+        return U, S, V / S
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :r], S[:r], Vh[:r].T
 
 
 class SingularProjection(BlockProjection):
