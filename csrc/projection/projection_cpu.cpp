@@ -232,10 +232,11 @@ Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string al
     const Tensor theta = dense(theta_d), scales = dense(scale);
     const Tensor out = new_result(theta, source.rows(), dtype);
     dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
+      using T = typename decltype(tag)::type;
       using Acc = typename decltype(acc)::type;
-      gather_rows<typename decltype(tag)::type, Acc>(op, const_data<Acc>(theta), const_data<Acc>(scales), theta.numel(),
-                                                     source, nullptr, data<typename decltype(tag)::type>(out),
-                                                     source.rows());
+      const Acc* no_value = nullptr;
+      gather_rows(op, const_data<Acc>(theta), const_data<Acc>(scales), theta.numel(), source, no_value, data<T>(out),
+                  source.rows());
     });
     return out;
   });

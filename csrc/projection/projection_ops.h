@@ -1,8 +1,8 @@
 // The projection's operators for any device: argument checks, and what the devices share as templates over Kernels,
 // which is made from a tensor of the device (it holds guard and stream where there are any) and has
-//   fill_index(int32_t* index, n, map, start)      the columns of positions start, start + 1, ...; UniformMap,
-//   BalancedMap new_vector(n, dtype)                           an uninitialised result gather(op, theta_d, scale, d,
-//   index, value, out, n)      of T and Acc, pointers; value may be null
+//   fill_index(index, n, map, start)       index[k] = the column of position start + k; map: UniformMap or BalancedMap
+//   new_vector(n, dtype)                   an uninitialised tensor of n numbers
+//   gather(op, theta_d, scale, d, index, value, out, n)      T: that of out, Acc: that of theta_d; value may be null
 #pragma once
 
 #include <string>
@@ -110,8 +110,7 @@ Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, 
   check_theta_d(op, theta_d, scale, dtype);
   check_index(op, "index", index, "theta_d", theta_d);
   check_value(op, value, scale, index.numel());
-  const Tensor theta = dense(theta_d), scales = dense(scale);
-  const Tensor columns = dense(index);
+  const Tensor theta = dense(theta_d), scales = dense(scale), columns = dense(index);
   const Values values(value);
   const Kernels kernels(theta);
   const Tensor out = kernels.new_vector(columns.numel(), dtype);
