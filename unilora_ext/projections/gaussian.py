@@ -13,7 +13,7 @@ from unilora_ext.projections.blocks import BlockProjection
 from unilora_ext.projections.draws import Draws, Purpose
 
 _BLOCK = 1 << 22
-_MOST_KEPT = 1 << 27  # 512 MiB
+_MOST_KEPT = 1 << 28  # 1 GiB
 
 
 class GaussianProjection(BlockProjection):
@@ -24,7 +24,7 @@ class GaussianProjection(BlockProjection):
         D, d: rows and columns.
         seed: integer in [0, 2^63).
         materialize: True: P is kept, 4 D d bytes in float32. False: it is drawn anew in every use, at most 16 MiB at
-            a time. None: kept for D d <= 2^27.
+            a time. None: kept for D d <= 2^28.
         version: 1 or None.
     """
 
