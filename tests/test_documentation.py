@@ -13,6 +13,8 @@ import tables
 import torch
 
 import unilora_ext as ul
+from unilora_ext.family import FAMILY
+from unilora_ext.projections import projection_class
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -78,13 +80,26 @@ def test_examples_with_results():
 
 def test_every_public_name_is_in_the_reference():
     shown = set(re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in ROOT.glob("docs/api/*.md")), re.M))
-    of_modules = {"lora_linear": "unilora_ext.functional.lora_linear"}
+    places = {"lora_linear": "functional.lora_linear"}
+    places |= {kind: f"projections.{name}.{kind}" for name, kind in FAMILY.items()}
     missing = [
         name
         for name in ul.__all__
         if name != "__version__"
         and not isinstance(getattr(ul, name), types.ModuleType)
-        and of_modules.get(name, f"unilora_ext.{name}") not in shown
+        and f"unilora_ext.{places.get(name, name)}" not in shown
     ]
     assert missing == []
-    assert all(f"unilora_ext.functional.{name}" in shown for name in ("project", "project_transpose", "lora_update"))
+    others = ("functional.lora_update", "layout.Layout", "layout.Slot", "updates.Update", "properties.measure", "nvtx")
+    others += tuple(f"projections.{name}" for name in ("base.Given", "base.Option", "restriction.Restriction"))
+    assert [name for name in others if f"unilora_ext.{name}" not in shown] == []
+
+
+def test_every_projection_is_in_the_guide_and_the_format():
+    family, format_ = ((ROOT / f"docs/{page}.md").read_text() for page in ("family", "format"))
+    for name in FAMILY:
+        kind = projection_class(name)
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", family.partition("## Choosing")[0], re.MULTILINE)
+        assert all(f"`{option}`" in row for option in kind.options)
+        assert re.search(rf"^##.*`{name}`", format_, re.MULTILINE)
+        assert all(f"`{part}`" in format_ for part in kind.stored_names)
