@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tables
 import torch
+from test_family_own import GOLDEN
 
 import unilora_ext as ul
 from unilora_ext.family import FAMILY
@@ -103,3 +104,8 @@ def test_every_projection_is_in_the_guide_and_the_format():
         assert all(f"`{option}`" in row for option in kind.options)
         assert re.search(rf"^##.*`{name}`", format_, re.MULTILINE)
         assert all(f"`{part}`" in format_ for part in kind.stored_names)
+
+
+def test_golden_values_are_those_of_the_tests():
+    shown = dict(re.findall(r"^\| `(\w+)`[^|]*\| ([-.\de ]+) \|$", (ROOT / "docs/format.md").read_text(), re.MULTILINE))
+    assert {name: list(map(float, values.split())) for name, values in shown.items()} == GOLDEN
