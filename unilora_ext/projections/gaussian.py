@@ -50,3 +50,7 @@ class GaussianProjection(BlockProjection):
     @staticmethod
     def block(theta_d: Tensor, trained: Sequence[Tensor], operands: tuple[Tensor]) -> Tensor:
         return operands[0] @ theta_d
+
+    @staticmethod
+    def block_transpose(g: Tensor, operands: tuple[Tensor]) -> Tensor:
+        return operands[0].T @ g
