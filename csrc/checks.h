@@ -1,5 +1,6 @@
-// Argument checks of the operators, and dispatch on the floating dtype. Shared by the CPU and CUDA libraries.
-// Every message reads: operator, argument, what was expected, what came. Checks run before any work is done.
+// Argument checks of the operators, dispatch on the floating dtype, and memory as kernels take it. Shared by the CPU
+// and CUDA libraries. Every message reads: operator, argument, what was expected, what came. Checks run before any work
+// is done.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -138,6 +139,9 @@ void dispatch_floating_pair(ScalarType dtype, ScalarType acc, Body&& body) {
     }
   });
 }
+
+// A call through the dispatcher costs microseconds, which count in a layer of few tokens: none for what is there.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <typename T>
 T* data(const Tensor& t) {

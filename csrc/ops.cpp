@@ -1,4 +1,4 @@
-// Schemas of all operators. CPU implementations are registered in _C, CUDA ones in _C_cuda, fake ones in ops.py.
+// Schemas of all operators. CPU implementations are registered in _C, CUDA ones in _C_cuda, fake ones in _operators.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(unilora, m) {

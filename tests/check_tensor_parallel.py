@@ -53,8 +53,8 @@ def check_tensor_parallel(folder):
         close(adapter.theta_d.grad, whole_adapter.theta_d.grad)
     d_sums = [n for n in traffic.bytes["allreduce"] if n == 8 * 40]
     assert len(d_sums) == 1, traffic.bytes
-    held = sum(len(group.rows) for group in adapter.vector._groups.values())
-    sharded = sum(whole_adapter.vector.slots[i].stop - whole_adapter.vector.slots[i].start for i in (0, 1, 4, 5))
+    held = sum(len(group.restriction) for group in adapter.vector._groups.values())
+    sharded = sum(stop - start for start, stop in map(whole_adapter.vector.layout.range_of, (0, 1, 4, 5)))
     rest, kept = adapter.projection.D - sharded, 2 * 12 * 3 * 2  # whole A of `up` [3, 12], whole B of `down` [12, 3]
     assert held <= rest + kept + -(-(sharded - kept) // size) + 2 * 2 * 3, (held, rest, kept)
 

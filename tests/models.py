@@ -65,7 +65,7 @@ def dense_update(model: nn.Module, adapter) -> dict[str, torch.Tensor]:
     theta_D = P.dense() @ adapter.theta_d.detach().double().cpu()
     updates, start = {}, 0
     for name, layer in adapter.layers.items():
-        (m, n), r = layer.dense_weight().shape, config.r
+        (m, n), r = adapter.vector.layout.shapes[layer._unilora.slot_id], config.r
         part = theta_D[start : start + (m + n) * r]
         start += (m + n) * r
         flat_A, flat_B = (

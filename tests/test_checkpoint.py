@@ -266,8 +266,8 @@ REFUSED = {
         "expected format 'unilora_ext adapter', got 'list'",
     ),
     "a newer version": (
-        lambda f: edit_json(f, lambda r: r.update(format_version=2, library_version="9.9")),
-        "expected format version 1, got 2; it was written by unilora_ext 9.9",
+        lambda f: edit_json(f, lambda r: r.update(format_version=3, library_version="9.9")),
+        "expected format version 2 or 1, got 3; it was written by unilora_ext 9.9",
     ),
     "edited by hand": (
         lambda f: edit_json(f, lambda r: r["projection"].update(seed=12), sign=False),

@@ -141,7 +141,7 @@ def test_gradients_inside_an_evaluation_are_not_kept(model, x):
         y = model(x)
         assert torch.equal(model(x), y) and calls == [True, True]
     kept = ul.get_adapter(model).vector._kept.made
-    assert [made[2] for made in kept] == [False] and not kept.popitem()[1][0][0].requires_grad
+    assert [made[2] for made in kept] == [False] and not kept.popitem()[1][0].A.requires_grad
 
 
 def test_copies_moves_and_switches(model, x):
@@ -212,7 +212,9 @@ def test_what_is_kept_is_no_inference_tensor(model, x):
     with torch.inference_mode():
         model(x)
     (made,) = ul.get_adapter(model).vector._kept.made.values()
-    assert not any(factor.is_inference() or factor.requires_grad for pair in made.values() for factor in pair)
+    assert not any(
+        factor.is_inference() or factor.requires_grad for update in made.values() for factor in (update.A, update.B)
+    )
 
 
 def test_a_tangent_of_theta_d_is_not_dropped(model, x):

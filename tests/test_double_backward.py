@@ -29,7 +29,9 @@ def test_lora_linear(device, leading, raw):
 def test_lora_update(device, raw):
     tensors = draw((2, 3), (2, 4), (2, 4), (3, 2), device=device)
     function = (
-        (lambda *t: operators.lora_update(*t, -0.7)[0]) if raw else (lambda y, *t: functional.lora_update(y * 1, *t, -0.7))
+        (lambda *t: operators.lora_update(*t, -0.7)[0])
+        if raw
+        else (lambda y, *t: functional.lora_update(y * 1, *t, -0.7))
     )
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
@@ -72,9 +74,10 @@ def dense_force_gradient(model, adapter, x):
     P = adapter.projection.dense().to(x.device)
     theta_d = adapter.theta_d.detach().clone().requires_grad_()
     theta_D, weights = P @ theta_d, {}
-    for (name, layer), slot in zip(adapter.layers.items(), adapter.vector.slots, strict=True):
-        B, A = theta_D[slot.start : slot.stop].split([slot.m * slot.r, slot.n * slot.r])
-        weights[f"{name}.weight"] = layer.weight.detach() + layer.scaling * B.view(slot.m, -1) @ A.view(-1, slot.n)
+    layout = adapter.vector.layout
+    for i, ((name, layer), (m, n)) in enumerate(zip(adapter.layers.items(), layout.shapes, strict=True)):
+        B, A = theta_D[slice(*layout.range_of_B(i))], theta_D[slice(*layout.range_of_A(i))]
+        weights[f"{name}.weight"] = layer.weight.detach() + layer.scaling * B.view(m, -1) @ A.view(-1, n)
     plain = adapter.detach()
     return force_gradient(lambda x: torch.func.functional_call(plain, weights, x), theta_d, x)
 

@@ -240,7 +240,7 @@ def test_theta_d_of_other_types(folder, dtype):
 
 def test_more_than_theta_d_in_its_file(folder):
     write_tensors(folder, "theta_d", lambda tensors: tensors.update(other=torch.zeros(1)))
-    refused(folder, r"expected theta_d alone in its file, got also \['other'\]")
+    refused(folder, r"expected \['theta_d'\] in the file of theta_d, got also \['other'\]")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_load_that_is_interrupted_leaves_the_model(folder, monkeypatch):
             raise KeyboardInterrupt
         copied.append(copy_(target, value))
 
-    monkeypatch.setattr(ul.checkpoint, "copy_", interrupted)
+    monkeypatch.setattr(ul.loading, "copy_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ul.load(model, folder)
     assert len(copied) == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import unilora_ext as ul
+from unilora_ext.family import FAMILY
 
 HEAVY = ("torch", "numpy", "transformers", "safetensors", "unilora_ext._C")
 COMMANDS = ["finetune", "evaluate", "predict", "generate", "inspect", "merge", "export", "info", "bench", "demo"]
@@ -57,11 +58,10 @@ def test_every_command_is_measured():
 def test_the_parser_knows_every_projection():
     """It lists them without importing them."""
     from unilora_ext.cli.settings import Settings
-    from unilora_ext.projections import _BY_NAME
 
     (option,) = (spec.metadata for spec in fields(Settings) if spec.name == "projection")
-    assert option["expected"] == "one of " + ", ".join(_BY_NAME)
-    assert all(option["good"](name) and name in option["help"] for name in _BY_NAME)
+    assert option["expected"] == "one of " + ", ".join(FAMILY)
+    assert all(option["good"](name) and name in option["help"] for name in FAMILY)
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -74,8 +74,9 @@ def test_the_lists_of_names_agree():
     declared = {alias.name: node.module for node in conditional["TYPE_CHECKING"] for alias in node.names}
     modules = {name for name, module in declared.items() if module == "unilora_ext"}
     table = {name: f"unilora_ext.{module}" for name, module in ul._MODULE_OF.items()}
-    assert {name: module for name, module in declared.items() if name not in modules} == table
-    assert sorted(ul.__all__) == ul.__all__ and set(ul.__all__) == {*table, *modules} - {"_C"}
+    family = dict.fromkeys(FAMILY.values(), "unilora_ext.projections")  # by their own table
+    assert {name: module for name, module in declared.items() if name not in modules} | family == table
+    assert len(ul.__all__) == len(set(ul.__all__)) and set(ul.__all__) == {*table, *modules} - {"_C"}
     assert set(ul.__all__) <= set(dir(ul))
 
 
@@ -104,7 +105,11 @@ def test_an_unknown_name_is_an_attribute_error():
 
 @pytest.mark.parametrize(
     "imports",
-    ["import torch, unilora_ext", "import unilora_ext, torch; unilora_ext.functional", "import unilora_ext.functional, torch"],
+    [
+        "import torch, unilora_ext",
+        "import unilora_ext, torch; unilora_ext.functional",
+        "import unilora_ext.functional, torch",
+    ],
 )
 def test_operators_are_registered(imports):
     """With their derivatives and fake kernels."""

@@ -70,7 +70,7 @@ def test_a_given_projection():
     P = ul.OneHotProjection(torch.randint(0, 5, (22,)), 5)
     layer = ul.UniLoRALinear(7, 4, r=2, projection=P)
     assert layer.projection is P and layer.theta_d.shape == (5,)
-    with pytest.raises(ul.UniLoRAError, match=r"expected D = \(in_features \+ out_features\) r = 24 and d = any"):
+    with pytest.raises(ul.UniLoRAError, match=r"expected D = 24 rows for this layer and rank and d = any"):
         ul.UniLoRALinear(8, 4, r=2, projection=P)
 
 

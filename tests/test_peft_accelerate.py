@@ -68,9 +68,10 @@ def test_outputs_and_gradients(r, d, seed, monkeypatch):
 
 
 def test_one_projection_for_all_layers(monkeypatch):
-    from unilora_ext import functional
 
     _, fast = pair()
+    from unilora_ext.projections import Restriction
+
     calls, project = [], Restriction.matrices
     monkeypatch.setattr(Restriction, "matrices", lambda *args: calls.append(0) or project(*args))
     fast(tokens()).sum().backward()

@@ -136,7 +136,7 @@ def test_save_load_merge_detach_export(tmp_path):
     adapted = model(x)
     adapter.save(tmp_path / "own")
     record = ul.read(tmp_path / "own").record
-    assert record["projection"] == {"name": "peft", "version": 1, "seed": 9}
+    assert record["projection"] == {"name": "peft", "version": 1, "seed": 9, "options": {}}
     assert record["layout"] == "per module in named_modules order: vec_row(A [r, n]), vec_row(B [m, r])"
     loaded = copy.deepcopy(plain)
     ul.load(loaded, tmp_path / "own")

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from unilora_ext.shared_vector import SharedVector
 
 __all__ = [
-    *FAMILY.values(),
     "Adapter",
     "AdapterFile",
     "AdapterFileError",
@@ -57,6 +56,7 @@ __all__ = [
     "lora_linear",
     "read",
 ]
+__all__ += [*FAMILY.values()]
 
 _NAMES = {
     "_native": ("_C", "__version__"),

@@ -22,7 +22,7 @@ from unilora_ext.shared_vector import SharedVector
 from unilora_ext.targets import Target, find_modules, find_targets
 from unilora_ext.uncalled import CallWatch, keep_called
 
-__all__ = ["Plan", "attach"]
+__all__ = ["Plan", "attach", "layout_of"]
 
 logger = logging.getLogger("unilora_ext")
 
@@ -73,8 +73,7 @@ class Plan:
         if hasattr(model, CHILD):
             raise AttachError(f"attach: {type(model).__name__} has an adapter (or another attribute '{CHILD}') already")
         targets = find_targets(model, config.target_modules, config.modules_to_save, whole_names)
-        order = projection_class(config.projection).order
-        layout = Layout(tuple((t.m, t.n) for t in targets), config.r, order)
+        layout = layout_of(targets, config)
         try:
             projection = make_projection(config, layout, weights=lambda i: _plain_weight(targets[i]), version=version)
         except UniLoRAError as error:
@@ -123,6 +122,11 @@ class Plan:
             CallWatch(model, vector),
         ]
         return Adapter(model)
+
+
+def layout_of(targets: Sequence[Target], config: UniLoRAConfig) -> Layout:
+    """theta_D of these targets."""
+    return Layout(tuple((t.m, t.n) for t in targets), config.r, projection_class(config.projection).order)
 
 
 def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:

@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from unilora_ext import _C
+from unilora_ext._native import _C
 from unilora_ext.attachment import Attached
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError

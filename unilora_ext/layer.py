@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class UniLoRALayer(nn.Module):
     the update is added in place, in the dtype of y."""
 
     _unilora: LayerState
+    fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
 
     @classmethod
     def local_slot(cls, linear: nn.Module, layout: Layout, slot_id: int) -> Slot:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ class MergeableLayer(UniLoRALayer):
     """A layer whose ``weight`` [m, n] an update can be merged into."""
 
     weight: Tensor
-    fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
-from unilora_ext import _C
+from unilora_ext._native import _C
 from unilora_ext.config import UniLoRAConfig, size_of
 from unilora_ext.errors import AdapterFileError, UniLoRAError, shown
 from unilora_ext.layout import Layout

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from unilora_ext.errors import UniLoRAError
 from unilora_ext.functional import accumulator_dtype, graph_is_traced
 from unilora_ext.layout import Layout, Order, Range, Reduction, Slot, joined
 from unilora_ext.projections import Projection, Restriction
-from unilora_ext.projections.base import faking, ordinary
+from unilora_ext.projections.base import faking
 from unilora_ext.sharded_tensors import full, is_sharded
 from unilora_ext.updates import Update
 
@@ -65,7 +65,7 @@ class _Step:
                 self.values = self.last.values
             else:
                 self.last = None  # first: another thread may find the values
-                self.values = ordinary(lambda: tuple(tensor.clone() for tensor in values))
+                self.values = _kept(lambda: tuple(tensor.clone() for tensor in values))
 
     def made_last(self, kind: _Kind) -> dict[int, Update]:
         """The updates of this kind that the last forward left, by slot."""
@@ -198,7 +198,7 @@ class SharedVector(nn.Module):
             step.look_at(self._values())
             updates = step.made_last(kind)
             if slot_id not in updates:
-                updates = ordinary(lambda: self._projected(step.values, group, dtype))
+                updates = _kept(lambda: self._projected(step.values, group, dtype))
         else:
             updates = self._projected(self._whole_values(), group, dtype)
         step.made.setdefault(kind, {}).update(updates)
@@ -321,6 +321,16 @@ class SharedVector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
+
+
+_Made = TypeVar("_Made")
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _kept(make: Callable[[], _Made]) -> _Made:
+    """What `make` makes, without gradients; in inference mode too, ordinary tensors that may outlive it."""
+    return make()
 
 
 def _moved(tensor: Tensor, device: torch.device, reduction: Reduction | None) -> Tensor:

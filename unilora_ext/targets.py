@@ -202,7 +202,7 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     if managed_by_fsdp(module):
         raise refuse("its weight is sharded by fully_shard already: attach before that step")
     if is_sharded(getattr(module, "weight", None)):
-        from unilora_ext.integrations.tensor_parallel import UniLoRAShardedLinear, problem_of
+        from unilora_ext.sharded_linear import UniLoRAShardedLinear, problem_of
 
         if type(module) is not nn.Linear or problem_of(module):
             raise refuse(problem_of(module) or "expected a torch.nn.Linear around a sharded weight")
@@ -210,7 +210,7 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     if type(module) is nn.Linear and _is_plain(module.weight):
         adapted_class: type[UniLoRALayer] = UniLoRALinear
     elif _is_conv1d(module):
-        from unilora_ext.integrations.conv1d import UniLoRAConv1D
+        from unilora_ext.conv1d import UniLoRAConv1D
 
         adapted_class = UniLoRAConv1D
     else:

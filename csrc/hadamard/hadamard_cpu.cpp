@@ -1,5 +1,8 @@
 // The Walsh-Hadamard transform on the CPU. Threads share blocks of a row as they share rows: the butterflies are the
 // same, in the same order for each element, however they are dealt.
+#include <algorithm>
+#include <vector>
+
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "hadamard/hadamard_kernels.h"
@@ -8,13 +11,14 @@
 namespace unilora {
 namespace {
 
-// A row's part that stays in the L2 cache for all its passes; only where there are enough parts for all threads.
+// A row's part that stays in the L2 cache for all its passes; larger than a block only where there are enough parts for
+// all threads.
 constexpr int64_t kCacheBytes = 1 << 20, kEnoughParts = 64;
 
 // Bits [0, bits) of n numbers, a whole number of rows, of at most kBlock numbers each.
 template <typename T>
 void transform_block(const T* x, T* out, int64_t n, int bits, T scale) {
-  constexpr int64_t kUnit = Strip<T>::kUnit;
+  constexpr int64_t kUnit = Tiling<T>::kUnit;
   const int64_t whole = n / kUnit * kUnit;
   hadamard_rows(x, out, whole, bits, scale);
   if (whole == n) return;
@@ -38,16 +42,16 @@ struct CpuHadamard {
   explicit CpuHadamard(const Tensor&) {}
 
   Tensor new_like(const Tensor& x) const {
-    const Tensor out = torch::stable::empty_like(x);
-    advise_huge_pages(out.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
-    return out;
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
+    return torch::stable::view(new_result(x, x.numel(), x.scalar_type()), sizes);
   }
 
   template <typename T>
   void transform(const T* x, T* out, int64_t total, int bits) const {
-    using S = Strip<T>;
+    using S = Tiling<T>;
     const T scale = hadamard_scale<T>(bits);
-    int part_bits = S::kBlockBits;  // of what is transformed in one go, as far as it can be
+    int part_bits = S::kBlockBits;  // all bits below are done for one part after the other
     for_hadamard_passes(bits, S::kBlockBits, kMostStripBits, [&](int begin, int width) {
       const int64_t part = int64_t{1} << (begin + width);
       if (part * static_cast<int64_t>(sizeof(T)) <= kCacheBytes && total / part >= kEnoughParts)

@@ -24,7 +24,7 @@ constexpr int64_t kVectorBytes = 16;
 #endif
 
 template <typename T>
-struct Strip {
+struct Tiling {
   static constexpr int kLaneBits = (kVectorBytes == 32 ? 3 : 2) - (sizeof(T) == 8 ? 1 : 0);
   static constexpr int kUnitBits = kLaneBits + 3;  // of eight vectors
   static constexpr int kBlockBits = sizeof(T) == 8 ? 11 : 12;
@@ -37,17 +37,17 @@ struct Strip {
 constexpr int kMostStripBits = 6;
 
 template <typename T>
-using Vector = typename Strip<T>::Vector;
+using Vector = typename Tiling<T>::Vector;
 
 // Lane l of the result is lane l ^ step of v, plus lane l of v or, where l & step, minus it.
 template <int64_t step, typename T, size_t... lane>
 UNILORA_INLINE void butterfly_lanes(Vector<T>& v, std::index_sequence<lane...>) {
-  using Integer = typename Strip<T>::Integer;
+  using Integer = typename Tiling<T>::Integer;
   const Vector<T> sign = {T(lane & step ? -1 : 1)...};
 #if defined(__clang__)
   const Vector<T> other = {v[lane ^ step]...};
 #else
-  const Vector<T> other = __builtin_shuffle(v, typename Strip<T>::Places{Integer(lane ^ step)...});
+  const Vector<T> other = __builtin_shuffle(v, typename Tiling<T>::Places{Integer(lane ^ step)...});
 #endif
   v = other + v * sign;
 }
@@ -68,7 +68,7 @@ UNILORA_INLINE void butterflies(Vector<T>* v) {
 // Bits [0, kBits), of those that a unit of eight vectors has.
 template <int kBits, typename T>
 UNILORA_INLINE void transform_units(const T* in, T* out, int64_t n, T scale) {
-  using S = Strip<T>;
+  using S = Tiling<T>;
   constexpr auto lanes = std::make_index_sequence<S::kLanes>();
   for (int64_t at = 0; at < n; at += S::kUnit) {
     Vector<T> v[8];
@@ -88,7 +88,7 @@ UNILORA_INLINE void transform_units(const T* in, T* out, int64_t n, T scale) {
 // to[i, :] = the butterflies of kBits bits over from[i, :], i in [0, 2^kBits), each of `columns` numbers.
 template <int kBits, typename T>
 UNILORA_INLINE void transform_across(const T* from, int64_t from_pitch, T* to, int64_t to_pitch, int64_t columns) {
-  for (int64_t c = 0; c < columns; c += Strip<T>::kLanes) {
+  for (int64_t c = 0; c < columns; c += Tiling<T>::kLanes) {
     Vector<T> v[1 << kBits];
     for (int i = 0; i < 1 << kBits; ++i) std::memcpy(&v[i], from + i * from_pitch + c, kVectorBytes);
     butterflies<kBits, T>(v);
@@ -105,7 +105,7 @@ UNILORA_INLINE void transform_across(int bits, const T* from, int64_t from_pitch
 
 template <int kBits, typename T>
 UNILORA_INLINE void transform_units(int bits, const T* in, T* out, int64_t n, T scale) {
-  if constexpr (kBits < Strip<T>::kUnitBits) {
+  if constexpr (kBits < Tiling<T>::kUnitBits) {
     if (bits > kBits) return transform_units<kBits + 1>(bits, in, out, n, scale);
   }
   transform_units<kBits>(in, out, n, scale);
@@ -115,7 +115,7 @@ UNILORA_INLINE void transform_units(int bits, const T* in, T* out, int64_t n, T 
 template <typename T>
 UNILORA_INLINE void transform_rows(const T* in, T* out, int64_t n, int bits, T scale) {
   transform_units<0>(bits, in, out, n, scale);
-  for (int bit = Strip<T>::kUnitBits; bit < bits; bit += 3) {
+  for (int bit = Tiling<T>::kUnitBits; bit < bits; bit += 3) {
     const int width = std::min(3, bits - bit);
     const int64_t step = int64_t{1} << bit;
     for (int64_t at = 0; at < n; at += step << width) transform_across(width, out + at, step, out + at, step, step);
@@ -125,7 +125,7 @@ UNILORA_INLINE void transform_rows(const T* in, T* out, int64_t n, int bits, T s
 // 2^bits stretches of `columns` numbers, `pitch` apart, transformed across; columns: a multiple of kColumns
 template <typename T>
 UNILORA_INLINE void transform_strips(T* data, int64_t pitch, int bits, int64_t columns) {
-  constexpr int64_t kColumns = Strip<T>::kColumns;
+  constexpr int64_t kColumns = Tiling<T>::kColumns;
   if (bits <= 3) return transform_across(bits, data, pitch, data, pitch, columns);
   alignas(64) T buffer[kColumns << kMostStripBits];
   for (const T* end = data + columns; data < end; data += kColumns) {

@@ -22,7 +22,7 @@ Tensor hadamard(const Tensor& x) {
   int bits = 0;
   while (INT64_C(1) << bits < n) ++bits;
 
-  const Tensor rows = torch::stable::contiguous(x);
+  const Tensor rows = dense(x);
   const Kernels kernels(rows);
   const Tensor out = kernels.new_like(rows);
   if (is_double) {

@@ -95,7 +95,7 @@ class Pieces {
  public:
   explicit Pieces(const std::vector<Tensor>& tensors) {
     for (const Tensor& tensor : tensors) {
-      held_.push_back(torch::stable::contiguous(tensor));
+      held_.push_back(dense(tensor));
       rows_ += tensor.numel();
       ends_.push_back(rows_);
     }
@@ -124,12 +124,12 @@ class Pieces {
 template <typename Source>
 Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tensor& scale, const Source& source,
                const Values& values) {
-  const Tensor factor = torch::stable::contiguous(scale);
-  const int64_t n = grad.rows(), d = factor.numel(), parts = scatter_parts(n, d);
-  const Tensor out = torch::stable::new_empty(factor, {d});
-  const Tensor tables = torch::stable::new_empty(factor, {parts, d});
+  const Tensor scales = dense(scale);
+  const int64_t n = grad.rows(), d = scales.numel(), parts = scatter_parts(n, d);
+  const Tensor out = torch::stable::new_empty(scales, {d});
+  const Tensor tables = torch::stable::new_empty(scales, {parts, d});
   std::atomic<bool> good{true};
-  dispatch_floating_pair(dtype, factor.scalar_type(), [&](auto tag, auto acc) {
+  dispatch_floating_pair(dtype, scales.scalar_type(), [&](auto tag, auto acc) {
     using T = typename decltype(tag)::type;
     using Acc = typename decltype(acc)::type;
     Acc* table = data<Acc>(tables);
@@ -151,7 +151,7 @@ Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tenso
         if (!grad.each<T>(n * part / parts, n * (part + 1) / parts, add)) good = false;
       }
     });
-    const Acc* weight = const_data<Acc>(factor);
+    const Acc* weight = const_data<Acc>(scales);
     Acc* result = data<Acc>(out);
     parallel(d, parts, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
@@ -205,7 +205,7 @@ Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, co
   check_index(op, "index", index, "grad_theta_D", grad_theta_D[0]);
   check_shape(op, "index", index, {grad.rows()});
   check_value(op, value, scale, grad.rows());
-  const Tensor columns = torch::stable::contiguous(index);
+  const Tensor columns = dense(index);
   return scatter(op, grad, grad_theta_D[0].scalar_type(), scale,
                  StoredColumns{const_data<int32_t>(columns), scale.numel()}, Values(value));
 }
@@ -229,13 +229,14 @@ Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string al
   constexpr auto op = "project_seeded";
   check_theta_d(op, theta_d, scale, dtype);
   return with_computed_columns(op, algorithm, version, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
-    const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
+    const Tensor theta = dense(theta_d), scales = dense(scale);
     const Tensor out = new_result(theta, source.rows(), dtype);
     dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
+      using T = typename decltype(tag)::type;
       using Acc = typename decltype(acc)::type;
-      gather_rows<typename decltype(tag)::type, Acc>(op, const_data<Acc>(theta), const_data<Acc>(factor), theta.numel(),
-                                                     source, nullptr, data<typename decltype(tag)::type>(out),
-                                                     source.rows());
+      const Acc* no_value = nullptr;
+      gather_rows(op, const_data<Acc>(theta), const_data<Acc>(scales), theta.numel(), source, no_value, data<T>(out),
+                  source.rows());
     });
     return out;
   });

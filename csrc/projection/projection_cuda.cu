@@ -47,15 +47,15 @@ Tensor project_segment_sum(const Tensor& grad_theta_D, const Tensor& scale, cons
   check_shape(op, "offsets", offsets, {scale.numel() + 1});
   check_value(op, value, scale, grad_theta_D.numel());
 
-  const Tensor grad = torch::stable::contiguous(grad_theta_D), factor = torch::stable::contiguous(scale);
-  const Tensor members = torch::stable::contiguous(order), bounds = torch::stable::contiguous(offsets);
-  const Tensor out = torch::stable::new_empty(factor, {scale.numel()});
+  const Tensor grad = dense(grad_theta_D), scales = dense(scale);
+  const Tensor members = dense(order), bounds = dense(offsets);
+  const Tensor out = torch::stable::new_empty(scales, {scale.numel()});
   const Values values(value);
   const CudaProjection kernels(grad);
   dispatch_floating_pair(grad.scalar_type(), scale.scalar_type(), [&](auto tag, auto acc) {
     using T = typename decltype(tag)::type;
     using Acc = typename decltype(acc)::type;
-    kernels.segment_sum(const_data<T>(grad), values.data<Acc>(), grad.numel(), const_data<Acc>(factor), factor.numel(),
+    kernels.segment_sum(const_data<T>(grad), values.data<Acc>(), grad.numel(), const_data<Acc>(scales), scales.numel(),
                         const_data<int32_t>(members), const_data<int32_t>(bounds), data<Acc>(out));
   });
   return out;

@@ -1,8 +1,8 @@
 // The projection's operators for any device: argument checks, and what the devices share as templates over Kernels,
 // which is made from a tensor of the device (it holds guard and stream where there are any) and has
-//   fill_index(int32_t* index, n, map, start)      the columns of positions start, start + 1, ...; UniformMap,
-//   BalancedMap new_vector(n, dtype)                           an uninitialised result gather(op, theta_d, scale, d,
-//   index, value, out, n)      of T and Acc, pointers; value may be null
+//   fill_index(index, n, map, start)       index[k] = the column of position start + k; map: UniformMap or BalancedMap
+//   new_vector(n, dtype)                   an uninitialised tensor of n numbers
+//   gather(op, theta_d, scale, d, index, value, out, n)      T: that of out, Acc: that of theta_d; value may be null
 #pragma once
 
 #include <string>
@@ -79,7 +79,7 @@ inline void check_index(const char* op, const char* name, const Tensor& index, c
   check_memory(op, name, index);
 }
 
-// A factor for each of n rows, where it is given.
+// A number for each of n rows, where it is given.
 inline void check_value(const char* op, const std::optional<Tensor>& value, const Tensor& scale, int64_t n) {
   if (!value.has_value()) return;
   check_dtype(op, "value", *value, scale.scalar_type());
@@ -92,7 +92,7 @@ inline void check_value(const char* op, const std::optional<Tensor>& value, cons
 class Values {
  public:
   explicit Values(const std::optional<Tensor>& value) {
-    if (value.has_value()) held_ = torch::stable::contiguous(*value);
+    if (value.has_value()) held_ = dense(*value);
   }
   template <typename Acc>
   const Acc* data() const {
@@ -110,15 +110,14 @@ Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, 
   check_theta_d(op, theta_d, scale, dtype);
   check_index(op, "index", index, "theta_d", theta_d);
   check_value(op, value, scale, index.numel());
-  const Tensor theta = torch::stable::contiguous(theta_d), factor = torch::stable::contiguous(scale);
-  const Tensor columns = torch::stable::contiguous(index);
+  const Tensor theta = dense(theta_d), scales = dense(scale), columns = dense(index);
   const Values values(value);
   const Kernels kernels(theta);
   const Tensor out = kernels.new_vector(columns.numel(), dtype);
   dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
     using T = typename decltype(tag)::type;
     using Acc = typename decltype(acc)::type;
-    kernels.gather(op, const_data<Acc>(theta), const_data<Acc>(factor), theta.numel(), const_data<int32_t>(columns),
+    kernels.gather(op, const_data<Acc>(theta), const_data<Acc>(scales), theta.numel(), const_data<int32_t>(columns),
                    values.data<Acc>(), data<T>(out), columns.numel());
   });
   return out;

@@ -14,12 +14,11 @@ import transformers
 from torch import Tensor, nn
 
 import unilora_ext as ul
+from unilora_ext.attaching import layout_of
 from unilora_ext.cli.base import base_digest, base_sha256
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.settings import Settings
 from unilora_ext.config import size_of
-from unilora_ext.layout import Layout
-from unilora_ext.projections import projection_class
 from unilora_ext.targets import find_targets
 
 __all__ = ["Score", "TaskModel", "attach", "device_of", "first_line", "learning_rates", "quiet_bars"]
@@ -162,8 +161,7 @@ def attach(model: nn.Module, settings: Settings, targets: Sequence[str] | str, w
         projection_options=settings.options,
     )
     if chosen.d is None:
-        order = projection_class(chosen.projection).order
-        layout = Layout(tuple((t.m, t.n) for t in find_targets(model, targets, whole)), chosen.r, order)
+        layout = layout_of(find_targets(model, targets, whole), chosen)
         if size_of(chosen, layout) is None:
             chosen = replace(chosen, d=max(ul.default_d(layout.D), min(SMALL_D, layout.D // 9)))
     return ul.attach(model, chosen)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import fields
 
 from unilora_ext.cli.settings import Settings, option_name
+from unilora_ext.family import FAMILY
 
 __all__ = ["make_parser"]
 
@@ -89,6 +90,27 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("adapter", metavar="FOLDER")
         _add_model(command)
         command.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
+
+    properties = add(
+        "properties",
+        "properties:command",
+        "measure globality, uniformity and isometry of the projections for a model",
+        "Prints the numbers, the paper's table of ticks that follows from them, and why a tick is not as published.",
+    )
+    properties.add_argument("--model", required=True, metavar="NAME", help="folder or hub name of a Transformers model")
+    properties.add_argument(
+        "--projection", nargs="+", default=["all"], metavar="NAME", help=f"all (the default), or of {', '.join(FAMILY)}"
+    )
+    properties.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: query and value)"
+    )
+    properties.add_argument("--r", type=int, default=4, metavar="N", help="rank (default: %(default)s)")
+    properties.add_argument(
+        "--d", type=int, default=4096, metavar="N", help="length of theta_d where it is free (default: %(default)s)"
+    )
+    properties.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    properties.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    properties.add_argument("--picture", metavar="FILE", help="draw them there, as PNG")
 
     info = add("info", "info:command", "versions, what was built, devices")
     info.add_argument("--json", action="store_true", dest="as_json", help="print JSON")

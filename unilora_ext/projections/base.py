@@ -301,8 +301,8 @@ _Made = TypeVar("_Made")
 
 
 def ordinary(make: Callable[[], _Made]) -> _Made:
-    """What `make` makes, as ordinary tensors without gradients, which may be kept: in inference mode, too."""
-    with torch.inference_mode(False), torch.no_grad():
+    """What `make` makes, as ordinary tensors, which may be kept: in inference mode, too."""
+    with torch.inference_mode(False):
         return make()
 
 
