@@ -18,7 +18,7 @@ _MOST_KEPT = 1 << 27  # 512 MiB
 
 class GaussianProjection(BlockProjection):
     """P with elements of N(0, 1/D), drawn independently: P^T P = I in expectation. Cost and memory are D d, so it is
-    for small models, as the dense alternative that Uni-LoRA is compared with (arXiv 2506.00799, section 3.2).
+    for small models: the dense matrix that the others replace.
 
     Args:
         D, d: rows and columns.
