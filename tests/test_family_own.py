@@ -255,6 +255,20 @@ def test_small_form_of_vblora(h, dtype):
     assert P(start["theta_d"], trained=[P.restored(extreme)["logits"]]).isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(7, 5), (1, 9), (6, 1), (1, 1), (2, 2), (5, 8), (8, 5)], ids=str)
+def test_fourierft_is_the_whole_transform(shape):
+    m, n = shape
+    layout = ul.layout.Layout((shape, shape), 1, ul.layout.Order.DENSE)
+    for count in {1, (m * n + 1) // 2, m * n}:
+        P = ul.projections.FourierFTProjection(layout, random_seed(), n_frequency=count, scale=3.0)
+        theta_d = torch.randn(P.d, dtype=torch.float64)
+        for module, own in enumerate(theta_d.split(count)):
+            spectrum = torch.zeros(m * n, dtype=torch.float64)
+            spectrum[P.places(module)] = own
+            expected = 3 * torch.fft.ifft2(spectrum.view(m, n)).real
+            torch.testing.assert_close(P(theta_d)[slice(*layout.range_of(module))].view(m, n), expected)
+
+
 def test_vector_length_is_the_largest_that_fits():
     for shapes, b in ((SHAPES, 4), (((768, 768), (3072, 768)), 256), (((6, 9),), 3), (((514, 1028),), 2)):
         layout = ul.layout.Layout(shapes, 1)

@@ -294,7 +294,7 @@ def test_a_huge_file_is_not_read(folder):
 
 def test_a_load_that_is_interrupted_leaves_the_model(folder, monkeypatch):
     model = Counted()
-    before, copy_, copied = snapshot(model), ul.checkpoint.copy_, []
+    before, copy_, copied = snapshot(model), ul.loading.copy_, []
 
     def interrupted(target, value):
         if len(copied) == 2:

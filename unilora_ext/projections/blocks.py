@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class BlockProjection(Projection):
             trained: P's trained parts, of each the rows of :meth:`rows_of`.
             operands: what :meth:`block_operands` gave.
         """
+
+    block_transpose: Callable[[Tensor, _Operands], Tensor] | None = None
+    """P^T g of one block, g [rows of the block] and the result [columns of the block]: plain operators. For a P without
+    trained parts; None: by the derivative of :meth:`block`, which is computed anew for it."""
 
     def kept_operands(self, block: int, device: torch.device, dtype: torch.dtype) -> _Operands:
         """:meth:`block_operands`, kept."""
@@ -161,8 +165,27 @@ class _Blocks(Restriction):
         return torch.cat([compute(theta_d, trained, (each,), dtype) for each in self._each(theta_d.dtype)])
 
     def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
-        """By the derivative of each block, which is computed anew for it."""
         g_D = (pieces[0] if len(pieces) == 1 else torch.cat([piece.reshape(-1) for piece in pieces])).reshape(-1)
+        if self.projection.block_transpose is not None:
+            with without_autocast(self.device):
+                return (self._explicit(g_D.to(dtype)),)
+        return self._by_derivative(g_D, dtype, at)
+
+    def _explicit(self, g_D: Tensor) -> Tensor:
+        g_d, start, bounds = g_D.new_zeros(self.projection.d), 0, self.projection.bounds
+        for (block, _), (columns, _, operands, spans) in zip(self.spans, self._each(g_D.dtype), strict=True):
+            length = bounds[block + 1] - bounds[block]
+            if spans == ((0, length),):
+                of_block, start = g_D[start : start + length], start + length
+            else:
+                of_block = g_D.new_zeros(length)
+                for first, last in spans:
+                    of_block[first:last] += g_D[start : start + last - first]
+                    start += last - first
+            g_d[slice(*columns)] += self.projection.block_transpose(of_block, operands)
+        return g_d
+
+    def _by_derivative(self, g_D: Tensor, dtype: torch.dtype, at: Sequence[Tensor]) -> Gradients:
         differentiable, start = torch.is_grad_enabled(), 0
         with torch.enable_grad(), without_autocast(self.device):
             theta_d, *trained = at or [torch.zeros(self.projection.d, dtype=dtype, device=self.device)]

@@ -14,7 +14,7 @@ from unilora_ext.projections.base import Given, Option
 from unilora_ext.projections.blocks import BlockProjection
 from unilora_ext.projections.draws import Draws, Purpose
 
-_Operands = tuple[Tensor, Tensor, Tensor, float]
+_Operands = tuple[Tensor, Tensor, Tensor, float, int]
 
 _TOGETHER = 1 << 18
 """Rows that are computed at once, where n is less."""
@@ -72,12 +72,20 @@ class FastfoodProjection(BlockProjection):
             G = placed(draws(Purpose.FASTFOOD_G).signs(first * n, count * n))
         Pi = draws(Purpose.FASTFOOD_PERMUTATION).permutations(first, count, n)
         Pi += n * torch.arange(count, device="cpu").numpy()[:, None]
-        return B.view(count, n), placed(Pi.astype("int32").reshape(-1)), G.view(count, n), math.sqrt(n / self.D)
+        return B.view(count, n), placed(Pi.astype("int32").reshape(-1)), G.view(count, n), math.sqrt(n / self.D), self.d
 
     @staticmethod
     def block(theta_d: Tensor, trained: Sequence[Tensor], operands: _Operands) -> Tensor:
-        B, Pi, G, s = operands
+        B, Pi, G, s, _ = operands
         hadamard = torch.ops.unilora.hadamard
         x = hadamard(F.pad(theta_d, (0, B.shape[1] - len(theta_d))) * B)
         x = x.view(-1).index_select(0, Pi).view_as(B)
         return hadamard(x * G) * s
+
+    @staticmethod
+    def block_transpose(g: Tensor, operands: _Operands) -> Tensor:
+        B, Pi, G, s, d = operands
+        hadamard = torch.ops.unilora.hadamard
+        y = hadamard(F.pad(g, (0, B.numel() - len(g))).view_as(B) * s) * G
+        y = torch.zeros_like(y).view(-1).index_copy(0, Pi.long(), y.view(-1)).view_as(B)
+        return (hadamard(y) * B).sum(0)[:d]

@@ -14,7 +14,7 @@ from unilora_ext.projections.base import Given, Option
 from unilora_ext.projections.blocks import BlockProjection
 from unilora_ext.projections.draws import Draws, Purpose
 
-_Operands = tuple[Tensor, int, int, float]
+_Operands = tuple[Tensor, Tensor, Tensor, int, int, float]
 
 
 class FourierFTProjection(BlockProjection):
@@ -75,10 +75,26 @@ class FourierFTProjection(BlockProjection):
         return torch.from_numpy(draws.distinct(self.given_options["n_frequency"], m * n))
 
     def block_operands(self, block: int, device: torch.device, dtype: torch.dtype) -> _Operands:
-        return self.places(block).to(device), *self.layout.shapes[block], float(self.given_options["scale"])
+        """Re(ifft2(F)) is the inverse of F's Hermitian part, of which columns 0 to n // 2 are enough: half of each
+        coefficient at its place, half at the mirrored one, as far as they are there."""
+        (m, n), scale, places = self.layout.shapes[block], self.given_options["scale"], self.places(block)
+        row, column = places // n, places % n
+        rows, columns = torch.stack([row, -row % m]), torch.stack([column, -column % n])
+        there, halves = columns <= n // 2, rows * (n // 2 + 1) + columns
+        sources = torch.arange(len(places), device="cpu").expand(2, -1)
+        indices = halves[there], sources[there], torch.where(there[0], *halves)
+        return *(index.to(device) for index in indices), m, n, float(scale)
 
     @staticmethod
     def block(theta_d: Tensor, trained: Sequence[Tensor], operands: _Operands) -> Tensor:
-        places, m, n, scale = operands
-        spectrum = theta_d.new_zeros(m * n).scatter(0, places, theta_d).view(m, n)
-        return torch.fft.ifft2(spectrum).real * scale
+        places, sources, _, m, n, scale = operands
+        width = n // 2 + 1
+        # At most two numbers meet at a place: their sum does not depend on an order.
+        spectrum = theta_d.new_zeros(m * width).scatter_add(0, places, theta_d[sources] * (scale / 2))
+        spectrum = torch.complex(spectrum, torch.zeros_like(spectrum)).view(m, width)
+        return torch.fft.irfft2(spectrum, s=(m, n))
+
+    @staticmethod
+    def block_transpose(g: Tensor, operands: _Operands) -> Tensor:
+        _, _, places, m, n, scale = operands
+        return torch.fft.rfft2(g.view(m, n)).real.reshape(-1)[places] * (scale / (m * n))

@@ -18,7 +18,7 @@ _MOST_KEPT = 1 << 28  # 1 GiB
 
 class GaussianProjection(BlockProjection):
     """P with elements of N(0, 1/D), drawn independently: P^T P = I in expectation. Cost and memory are D d, so it is
-    for small models, as the dense alternative that Uni-LoRA is compared with (arXiv 2506.00799, section 3.2).
+    for small models: the dense matrix that the others replace.
 
     Args:
         D, d: rows and columns.
@@ -50,3 +50,7 @@ class GaussianProjection(BlockProjection):
     @staticmethod
     def block(theta_d: Tensor, trained: Sequence[Tensor], operands: tuple[Tensor]) -> Tensor:
         return operands[0] @ theta_d
+
+    @staticmethod
+    def block_transpose(g: Tensor, operands: tuple[Tensor]) -> Tensor:
+        return operands[0].T @ g

@@ -10,7 +10,7 @@ from unilora_ext.projections.segmented import SegmentedProjection, Stretch
 
 
 class LocalProjection(SegmentedProjection):
-    """The local ablation of Uni-LoRA (arXiv 2506.00799, section 4): d shared out equally to the L modules, and the
+    """The local ablation of Uni-LoRA (arXiv 2506.00799): d shared out equally to the L modules, and the
     column of a row drawn among those of its module, module l having [floor(d l / L), floor(d (l + 1) / L))."""
 
     name = "local"

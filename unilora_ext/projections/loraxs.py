@@ -14,7 +14,7 @@ from unilora_ext.projections.svd import SingularProjection
 
 
 class LoraXSProjection(SingularProjection):
-    """LoRA-XS (Bałazy et al., arXiv 2405.17604, equation 2): B = U_r S_r R, A = V_r^T, the SVD of W cut at rank r.
+    """LoRA-XS (Bałazy et al., arXiv 2405.17604): B = U_r S_r R, A = V_r^T, the SVD of W cut at rank r.
     theta_d = vec_row(R [r, r]) for each module in turn; A is constant. See :class:`SingularProjection`.
 
     Starts with R of N(0, 10^-10), a standard deviation of 1e-5.

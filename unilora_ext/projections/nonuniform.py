@@ -10,7 +10,7 @@ from unilora_ext.projections.segmented import SegmentedProjection, Stretch
 
 
 class NonuniformProjection(SegmentedProjection):
-    """The non-uniform ablation of Uni-LoRA (arXiv 2506.00799, section 4): the rows of all B in the first
+    """The non-uniform ablation of Uni-LoRA (arXiv 2506.00799): the rows of all B in the first
     round(2 d / 3) columns, those of all A in the others."""
 
     name = "nonuniform"

@@ -19,7 +19,7 @@ _Operands = tuple[int, ...]
 
 
 class VBLoraProjection(BlockProjection):
-    """VB-LoRA (Li et al., arXiv 2405.15179, equations 2 and 3): theta_D is cut into sub-vectors of length b, each the
+    """VB-LoRA (Li et al., arXiv 2405.15179): theta_D is cut into sub-vectors of length b, each the
     mixture of K of the h vectors of a bank, with the softmax of the K largest of its h logits as weights. theta_d =
     vec_row(bank [h, b]); the logits [N, h] are a trained part, those of B [m / b, r] and then those of A [r, n / b]
     for each module in turn. As in PEFT, sub-vectors run down the columns of B and along the rows of A.
