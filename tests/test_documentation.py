@@ -1,5 +1,7 @@
 """What the README and docs/ say: code runs, links lead somewhere, figures are those of benchmarks/results."""
 
+import __future__
+
 import doctest
 import math
 import re
@@ -15,7 +17,8 @@ from test_family_own import GOLDEN
 
 import unilora_ext as ul
 from unilora_ext.family import FAMILY
-from unilora_ext.projections import projection_class
+from unilora_ext.projections import Given, projection_class
+from unilora_ext.projections.indexed import IndexedProjection
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -72,11 +75,14 @@ def test_tables_are_those_of_the_results(tmp_path, monkeypatch):
     assert tables.renew() == [tmp_path / "README.md"] and (tmp_path / "README.md").read_text() == README
 
 
-def test_examples_with_results():
-    (block,) = re.findall(r"```python\n(>>>.*?)```", (ROOT / "docs/how-it-works.md").read_text(), re.DOTALL)
-    example = doctest.DocTestParser().get_doctest(block, {"ul": ul, "torch": torch}, "how-it-works", None, None)
-    results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
-    assert results.attempted == 3 and results.failed == 0
+@pytest.mark.parametrize(("page", "count"), [("how-it-works", 3), ("family", 4)])
+def test_examples_with_results(page, count):
+    (block,) = re.findall(r"```python\n(>>>.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
+    names = {"ul": ul, "torch": torch, "Tensor": torch.Tensor, "IndexedProjection": IndexedProjection, "Given": Given}
+    example = doctest.DocTestParser().get_doctest(block, names, page, None, None)
+    flags = __future__.annotations.compiler_flag  # as modules have it
+    results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, compileflags=flags)
+    assert results.attempted == count and results.failed == 0
 
 
 def test_every_public_name_is_in_the_reference():
@@ -100,7 +106,7 @@ def test_every_projection_is_in_the_guide_and_the_format():
     family, format_ = ((ROOT / f"docs/{page}.md").read_text() for page in ("family", "format"))
     for name in FAMILY:
         kind = projection_class(name)
-        (row,) = re.findall(rf"^\| `{name}` \|.*$", family.partition("## Choosing")[0], re.MULTILINE)
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", family.partition("## Cost")[0], re.MULTILINE)
         assert all(f"`{option}`" in row for option in kind.options)
         assert re.search(rf"^##.*`{name}`", format_, re.MULTILINE)
         assert all(f"`{part}`" in format_ for part in kind.stored_names)
