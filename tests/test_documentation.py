@@ -115,3 +115,10 @@ def test_every_projection_is_in_the_guide_and_the_format():
 def test_golden_values_are_those_of_the_tests():
     shown = dict(re.findall(r"^\| `(\w+)`[^|]*\| ([-.\de ]+) \|$", (ROOT / "docs/format.md").read_text(), re.MULTILINE))
     assert {name: list(map(float, values.split())) for name, values in shown.items()} == GOLDEN
+
+
+def test_the_order_of_modules_is_that_which_is_checked():
+    checked = (ROOT / ".importlinter").read_text().partition("layers =\n")[2].partition("ignore_imports")[0]
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| module | content |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == re.findall(r"\w+", checked)
