@@ -8,13 +8,14 @@ from pathlib import Path
 
 import check_checkpoints
 import check_data_parallel
+import check_family
 import check_tensor_parallel
 import torch
 import torch.distributed as dist
 
 CHECKS = {
     name.removeprefix("check_"): function
-    for module in (check_data_parallel, check_tensor_parallel, check_checkpoints)
+    for module in (check_data_parallel, check_tensor_parallel, check_family, check_checkpoints)
     for name, function in vars(module).items()
     if name.startswith("check_")
 }

@@ -240,13 +240,16 @@ def test_small_form_of_vblora(h, dtype):
     small = P.stored({"logits": start["logits"]})
     assert small["topk_indices"].dtype == dtype and small["topk_weights"].shape == (3, 1)
     again = P.restored(small)["logits"]
+    whole = P.stored({"logits": start["logits"]}, resumable=True)
+    assert torch.equal(P.restored(whole)["logits"], start["logits"]) and set(whole) == {"logits"}
     torch.testing.assert_close(P(start["theta_d"], trained=[again]), P(start["theta_d"], trained=[start["logits"]]))
     wrong_type = {**small, "topk_indices": small["topk_indices"].long()}
     too_large = {**small, "topk_indices": torch.full_like(small["topk_indices"], 255 if h < 256 else -1)}
     for wrong in (
         wrong_type,
         {"topk_indices": small["topk_indices"]},
-        {"logits": start["logits"]},
+        {**small, "logits": start["logits"]},
+        {"logits": start["logits"][:, 1:]},
         *[too_large] * (h > 256),
     ):
         with pytest.raises(ul.UniLoRAError, match="trained parts"):

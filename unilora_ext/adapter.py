@@ -213,13 +213,16 @@ class Adapter(Attached):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
-        """Writes the adapter: d + 1 numbers, and modules_to_save if any. See :mod:`unilora_ext.checkpoint`.
+    def save(self, folder: str | Path, metadata: dict[str, Any] | None = None, resumable: bool = False) -> None:
+        """Writes the adapter: d + 1 numbers, what the projection has of its own, and modules_to_save if any. See
+        :mod:`unilora_ext.checkpoint`.
 
         Args:
             folder: made if it is missing. An adapter in it is replaced in one step: whenever the process is killed,
                 the folder holds the old adapter or the new one, whole.
             metadata: JSON values kept with the adapter, free for the application.
+            resumable: whether training must go on from it exactly, for a projection that could be saved smaller
+                (VB-LoRA with ``save_only_topk``).
 
         Raises:
             UniLoRAError: JSON would change the metadata (keys that are not strings, infinite numbers, ...; a tuple is
@@ -230,7 +233,7 @@ class Adapter(Attached):
         With several processes one of them calls this. Where torch's own ``fully_shard`` or ``parallelize_module``
         shards theta_d or modules_to_save, the processes of one such group call it, and its first one writes.
         """
-        checkpoint.save(self, folder, metadata)
+        checkpoint.save(self, folder, metadata, resumable)
 
     def export_lora(self, folder: str | Path) -> None:
         """Writes the same update as a plain LoRA adapter in PEFT's format, exact. See :mod:`.integrations.peft`."""

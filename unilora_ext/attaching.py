@@ -146,7 +146,7 @@ def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:
         AttachError: the configuration does not fit the model, which is then unchanged.
     """
     plan = Plan.of(model, config)
-    return plan.attach(start_on(plan.projection, plan.targets[0].held(), config.init_bound))
+    return plan.attach(start_on(plan.projection, plan.targets[0].like(), config.init_bound))
 
 
 def _plain_weight(target: Target) -> Tensor:

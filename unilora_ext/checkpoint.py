@@ -85,14 +85,16 @@ class AdapterFile:
 # ---- save -----------------------------------------------------------------------------------------------------------
 
 
-def save(adapter: Attached, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
+def save(
+    adapter: Attached, folder: str | Path, metadata: dict[str, Any] | None = None, resumable: bool = False
+) -> None:
     """Writes an adapter to `folder`; see :meth:`Adapter.save`."""
     folder, metadata = Path(folder), {} if metadata is None else metadata
     check_json(metadata, "save: metadata")
     reshard(adapter.model)
     record = _describe(adapter, metadata)
     tensors = {
-        "theta_d": {"theta_d": adapter.theta_d, **_stored_parts(adapter)},
+        "theta_d": {"theta_d": adapter.theta_d, **_stored_parts(adapter, resumable)},
         "modules_to_save": adapter.modules_to_save(),
     }
     contents = {kind: _safetensors_bytes(part) for kind, part in tensors.items() if part}
@@ -130,9 +132,10 @@ def _describe(adapter: Attached, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stored_parts(adapter: Attached) -> dict[str, Tensor]:
-    """What the projection keeps beside theta_d, on this process."""
-    return adapter.projection.stored({name: t.detach() for name, t in adapter.trained.items() if name != "theta_d"})
+def _stored_parts(adapter: Attached, resumable: bool) -> dict[str, Tensor]:
+    """What the projection keeps beside theta_d."""
+    trained = {name: full(t) for name, t in adapter.trained.items() if name != "theta_d"}
+    return adapter.projection.stored(trained, resumable)
 
 
 def _base_model(model: nn.Module) -> str | None:

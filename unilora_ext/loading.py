@@ -88,7 +88,7 @@ class Fit:
     @property
     def accumulator_dtype(self) -> torch.dtype:
         """In which theta_d of a new adapter is: float32, float64 in a float64 model."""
-        return accumulator_dtype(self.plan.targets[0].held().dtype)
+        return accumulator_dtype(self.plan.targets[0].like().dtype)
 
     def attach(self, theta_d: Tensor, parts: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Adapter:
         """Changes the model.
@@ -115,7 +115,7 @@ class Fit:
                     f"{self.folder}: modules_to_save: '{name}': expected {expected}, as in the model, got {got}"
                 )
         check_memory(self.folder, self.whole)
-        like = self.plan.targets[0].held()
+        like = self.plan.targets[0].like()
         device = torch.device("cpu") if like.is_meta else like.device
         adapter = self.plan.attach({k: t.to(device) for k, t in {"theta_d": theta_d, **trained}.items()})
         try:

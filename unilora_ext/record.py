@@ -146,7 +146,7 @@ def _check_agreement(record: Mapping[str, Any], config: UniLoRAConfig, kind: typ
         options, size = kind.checked_options(projection["options"]), size_of(config, layout)
     except UniLoRAError as error:
         raise AdapterFileError(f"{path}: projection: {error}") from error
-    agree = {
+    stated = {  # what it says, and what follows
         "projection.version": (version, version if version in kind.versions else kind.versions[-1]),
         "projection.name": (projection["name"], config.projection),
         "projection.seed": (projection["seed"], config.seed),
@@ -159,7 +159,7 @@ def _check_agreement(record: Mapping[str, Any], config: UniLoRAConfig, kind: typ
         "number of different module names": (len({name for name, _, _ in modules}), len(modules)),
         "fingerprint": (record["fingerprint"], digest(modules)),
     }
-    for name, (got, expected) in agree.items():
+    for name, (got, expected) in stated.items():
         if got != expected:
             raise AdapterFileError(f"{path}: {name}: expected {shown(expected)}, got {shown(got)}")
     if size is not None and record["d"] != size:

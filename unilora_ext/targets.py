@@ -32,7 +32,7 @@ class Target:
     m: int
     n: int
 
-    def held(self) -> Tensor:
+    def like(self) -> Tensor:
         """A tensor of the layer, on whose device it computes."""
         return next(chain(self.module.parameters(), self.module.buffers()), torch.empty(0, device="cpu"))
 

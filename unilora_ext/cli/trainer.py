@@ -184,7 +184,8 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter instead of the model."""
         if distributed.is_first():
-            self.task.adapter.save(Path(output_dir or self.args.output_dir) / "adapter", self.adapter_metadata)
+            folder = Path(output_dir or self.args.output_dir) / "adapter"
+            self.task.adapter.save(folder, self.adapter_metadata, resumable=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         step = self.state.global_step

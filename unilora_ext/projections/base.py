@@ -166,9 +166,15 @@ class Projection(ABC):
         bound = 0.02 if bound is None else bound
         return {"theta_d": torch.empty(self.d, dtype=dtype, device="cpu").uniform_(-bound, bound)}
 
-    def stored(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def stored(self, trained: Mapping[str, Tensor], resumable: bool = False) -> dict[str, Tensor]:
         """What an adapter file keeps beside theta_d: the trained parts, and what tells whether P is made anew as it
-        was, where that depends on more than the seed."""
+        was, where that depends on more than the seed.
+
+        Args:
+            trained: the trained parts.
+            resumable: whether training must go on from the file as if it had not been interrupted; a small form that
+                gives the same P is not enough then.
+        """
         return dict(trained)
 
     def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -93,7 +93,10 @@ class IndexedProjection(Projection):
     ) -> Tensor:
         if isinstance(operands[1], str):
             return operators.project_seeded(theta_d, *operands, dtype)
-        return operators.project(theta_d, *operands, dtype)
+        scale, index, value, *members = operands
+        if members and not torch.compiler.is_exporting():
+            return _ProjectInGraph.apply(theta_d, scale, index, value, *members, dtype)
+        return operators.project(theta_d, scale, index, value, dtype)
 
     def dense(self, dtype: torch.dtype = torch.float64, trained: Sequence[Tensor] = ()) -> Tensor:
         matrix = torch.zeros(self.D, self.d, dtype=dtype, device="cpu")
@@ -192,19 +195,38 @@ class StoredRows(Restriction):
         bounds = torch.arange(self.projection.d + 1, dtype=columns.dtype, device=columns.device)
         return order.int(), torch.searchsorted(columns, bounds).int()
 
-    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+    def _vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(scale, index, value) for sums in `dtype`."""
         value = None if self.value is None else self.value.to(dtype)
         return self.projection.scale_on(self.device, dtype), self.index, value
 
+    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return *self._vectors(dtype), *(self.members() if self.index.is_cuda else ())
+
     def forward(self, theta_d: Tensor, trained: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return operators.project(theta_d, *self.operands(theta_d.dtype), dtype)
+        return operators.project(theta_d, *self._vectors(theta_d.dtype), dtype)
 
     def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
-        scale, index, value = self.operands(dtype)
+        scale, index, value = self._vectors(dtype)
         if index.is_cuda:
             whole = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
             return (operators.project_segment_sum(whole, scale, *self.members(), value),)
         return (operators.project_scatter(pieces, scale, index, value),)
+
+
+class _ProjectInGraph(torch.autograd.Function):
+    """The operator ``project`` in a graph that is traced for CUDA, with the members of each column at hand: the
+    derivative of the operator itself would sort them anew in every backward."""
+
+    @staticmethod
+    def forward(ctx, theta_d, scale, index, value, order, offsets, dtype):
+        ctx.save_for_backward(scale, order, offsets, value)
+        return operators.project(theta_d, scale, index, value, dtype)
+
+    @staticmethod
+    def backward(ctx, g_D):
+        scale, order, offsets, value = ctx.saved_tensors
+        return operators.project_segment_sum(g_D, scale, order, offsets, value), *[None] * 6
 
 
 class ComputedRows(Restriction):

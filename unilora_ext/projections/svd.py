@@ -100,7 +100,7 @@ class SingularProjection(BlockProjection):
                 f"one of which is [{m}, {n}]; got {layout.r}"
             )
 
-    def stored(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def stored(self, trained: Mapping[str, Tensor], resumable: bool = False) -> dict[str, Tensor]:
         return {"basis_check": torch.stack([basis.check() for basis in self.bases])}
 
     def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

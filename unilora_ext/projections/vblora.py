@@ -103,14 +103,14 @@ class VBLoraProjection(BlockProjection):
         B = mixed[:of_B].view(m // b, r, b).transpose(1, 2)
         return torch.cat([B.reshape(-1), mixed[of_B:].reshape(-1)])
 
-    def stored(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.given_options["save_only_topk"]:
+    def stored(self, trained: Mapping[str, Tensor], resumable: bool = False) -> dict[str, Tensor]:
+        if resumable or not self.given_options["save_only_topk"]:
             return dict(trained)
         largest, vectors = trained["logits"].topk(self.given_options["topk"])
         return {"topk_indices": vectors.to(self._index_dtype), "topk_weights": largest.softmax(-1)[:, :-1]}
 
     def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.given_options["save_only_topk"]:
+        if not self.given_options["save_only_topk"] or "logits" in tensors:
             return super().restored(tensors)
         h, K, N = *(self.given_options[name] for name in ("num_vectors", "topk")), self.D // self.vector_length
         expected = {"topk_indices": ([N, K], self._index_dtype), "topk_weights": ([N, K - 1], None)}
