@@ -101,7 +101,9 @@ def measure(projection: Projection, layout: Layout, seed: int = 0) -> Properties
         seed: of the random vectors.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = projection.start(torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        start = projection.start(torch.float32)
     trained = [start[name] if start[name].any() else _like(start[name], generator) for name in projection.trained]
     offset = projection.offset(torch.float32, trained)
 

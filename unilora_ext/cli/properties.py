@@ -16,6 +16,8 @@ from unilora_ext.family import FAMILY
 
 __all__ = ["command"]
 
+MOST_SPREAD = 1.2
+"""Drawn of a spread."""
 _NAMES = ("global", "uniform", "isometric")
 _VARIANTS = {"loraxs": ("", "sigma=false"), "uniform": ("", "normalize=false")}
 """Options beside the defaults that ``all`` measures too: the paper speaks of them."""
@@ -142,8 +144,9 @@ def _legend() -> str:
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(12, 1.4 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(12, 1.9 + 0.32 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3, sharey=True)
     positions, labels = range(len(rows)), [row["label"] for row in rows]
@@ -152,18 +155,30 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     def colour(what: str) -> list[str]:
         return [colours[row[what]] for row in rows]
 
-    panels[0].barh(positions, [row["shared"] for row in rows], color=colour("global"))
+    def bars(panel: Any, what: str, ends: list[float], starts: list[float] | None = None) -> None:
+        """With a dot at each end, so that a bar of no length is seen."""
+        starts = starts or [0.0] * len(rows)
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        panel.barh(positions, lengths, left=starts, color=colour(what), height=0.6)
+        panel.scatter(ends, positions, color=colour(what), s=28, zorder=3, clip_on=False)
+
+    bars(panels[0], "global", [row["shared"] for row in rows])
     panels[0].set(title="global", xlabel="share of columns that reach several modules", xlim=(0, 1.05))
-    panels[1].barh(positions, [row["spread"] for row in rows], color=colour("uniform"))
+    bars(panels[1], "uniform", [min(row["spread"], MOST_SPREAD) for row in rows])
+    for position, row in zip(positions, rows, strict=True):
+        if row["spread"] > MOST_SPREAD:
+            panels[1].annotate(f"{row['spread']:.0%} ", (MOST_SPREAD, position), ha="right", va="center", color="white")
     chance = [1.1 * row["load"] ** -0.5 for row in rows]
     panels[1].plot(chance, positions, "k|", ms=12, label="1.1 / sqrt(load)")
-    panels[1].set(title="uniform", xlabel="spread of the rows of a column / mean", xscale="symlog")
+    panels[1].set(title="uniform", xlabel="spread of the rows of a column / mean", xlim=(0, MOST_SPREAD))
     panels[1].legend(loc="upper right", fontsize="small")
     lows, highs = ([row["singular_values"][i] for row in rows] for i in (0, 1))
-    panels[2].barh(positions, [max(b - a, 0.02) for a, b in zip(lows, highs, strict=True)],
-                   left=[a - 0.01 for a in lows], color=colour("isometric"))  # fmt: skip
+    bars(panels[2], "isometric", highs, lows)
     panels[2].axvline(1.0, color="black", lw=0.6)
-    panels[2].set(title="isometric", xlabel="singular values / their root mean square")
+    panels[2].set(title="isometric", xlabel="singular values / their root mean square", xlim=(0, None))
+    figure.legend(
+        handles=[Patch(color=value, label=key) for key, value in colours.items()], loc="outside lower center", ncols=3
+    )
     panels[0].set_yticks(positions, labels)
     panels[0].invert_yaxis()
     for panel in panels:
