@@ -120,7 +120,7 @@ FINETUNE = "finetune --model tiny --data good.csv --output new"
         ("--warmup 1", "--warmup: expected a number in [0, 1), got 1.0"),
         ("--validation-fraction 1", "--validation-fraction: expected a number in (0, 1), got 1.0"),
         ("--schedule wavy", "--schedule: expected one of linear, cosine, constant, got 'wavy'"),
-        ("--projection cubic", "--projection: expected one of uniform, balanced, peft, got 'cubic'"),
+        ("--projection cubic", "--projection: expected one of identity, uniform, "),
         ("--device tpu", "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         ("--seed -1", "--seed: expected an integer in [0, 2^32), got -1"),
         ("--max-length 65", "tiny; got 65"),

@@ -291,3 +291,14 @@ def test_tower_without_common_divisor():
     adapter = ul.attach(model, ul.UniLoRAConfig(r=2, projection="vblora", target_modules=["up", "down"]))
     assert adapter.projection.vector_length == 1
     assert model(tokens()).isfinite().all()
+
+
+def test_dense_updates_may_have_more_values_than_an_index_has(tmp_path):
+    """FourierFT of a model of billions of weights: only the coefficients have a vector."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(1 << 16, 1 << 16, bias=False, device="meta") for _ in range(2)))
+    adapter = ul.attach(model, ul.UniLoRAConfig(r=1, projection="fourierft"))
+    assert adapter.projection.D == 2 << 32 and adapter.theta_d.shape == (2000,)
+    adapter.save(tmp_path)
+    assert ul.read(tmp_path).record["D"] == 2 << 32
+    with pytest.raises(ul.UniLoRAError, match=r"UniformProjection: D: expected an integer in \[1, 2147418112\]"):
+        ul.UniformProjection(2 << 32, 5)

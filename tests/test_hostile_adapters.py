@@ -79,7 +79,7 @@ FIELDS = {
     "a size that is no number": (("d",), "64", r"adapter\.json: d: expected 'int', got 'str'"),
     "a size that is a truth value": (("config", "r"), True, r"config\.r: expected 'int', got 'bool'"),
     "a size that is a float": (("D",), 384.0, "D: expected 'int', got 'float'"),
-    "a size beyond the operators": (("D",), 2**63, "D: expected 'int' <= 2147418112"),
+    "a size beyond the operators": (("D",), 2**63, "D: expected 'int' <= 9007199254740992"),
     "a negative size": (("modules", 0, 1), -20, r"modules\[0\]\[1\]: expected 'int' >= 1"),
     "a float beyond all floats": (("scaling",), 10**300 * 10**100, "expected an integer of at most 1024 bits"),
     "a module of two parts": (("modules", 2), ["a", 1], r"modules\[2\]: expected 'array' of length 3, got 2"),

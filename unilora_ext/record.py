@@ -78,7 +78,7 @@ class _Record(_Strict):
     library_version: str
     projection: _Projection
     d: _Size
-    D: _Size
+    D: Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]
     r: _Size
     scaling: float
     layout: str

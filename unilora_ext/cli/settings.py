@@ -220,8 +220,9 @@ def read_run(output: Path) -> tuple[Settings, dict[str, Any]]:
         version, values = record.pop("format_version"), record.pop("settings")
         if version != FORMAT_VERSION:
             raise CliError(f"{path}: expected format version {FORMAT_VERSION}, got {version!r}")
+        values.setdefault("projection_option", None)  # of version 0.1.0
         for name in ("target_modules", "projection_option"):
-            if values.get(name) is not None:
+            if values[name] is not None:
                 values[name] = tuple(values[name])
         return Settings(**{**values, "output": str(output)}), record
     except CliError:

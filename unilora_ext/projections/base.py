@@ -96,6 +96,7 @@ class Projection(ABC):
         stored_names: all names that :meth:`stored` may give.
         options: settings beside d and the seed.
         learning_rates: of theta_d and the trained parts, to begin with, under AdamW.
+        most_rows: the largest D.
         D: number of rows, the length of theta_D.
         d: number of columns, the length of theta_d.
         seed: of what is drawn at random in P.
@@ -109,12 +110,12 @@ class Projection(ABC):
     stored_names: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, Option]] = {}
     learning_rates: ClassVar[Mapping[str, float]] = {"theta_d": 0.02}
+    most_rows: ClassVar[int] = 1 << 53  # integers that every reader of JSON has
 
     def __init__(
         self, D: int, d: int, seed: int = 0, version: int | None = None, given_options: Mapping[str, Any] | None = None
     ) -> None:
-        limit = _C.max_elements
-        for what, value in (("D", D), ("d", d)):
+        for what, value, limit in (("D", D, self.most_rows), ("d", d, _C.max_elements)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
                 raise UniLoRAError(f"{type(self).__name__}: {what}: expected an integer in [1, {limit}], got {value!r}")
         self.version = self.versions[-1] if version is None else version

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from unilora_ext._native import _C
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.layout import Range
 from unilora_ext.projections.base import Given, Option, Projection, faking, ordinary
@@ -26,6 +27,8 @@ NORMALIZE = {"normalize": Option(True, "whether column j is scaled by 1 / sqrt(n
 class IndexedProjection(Projection):
     """``theta_D[i] = theta_d[index[i]] * scale[index[i]]``, times ``value[i]`` where a row has one; scale[j] is
     1 / sqrt(n_j), n_j the number of rows in column j, so that P^T P = I for values +-1 (paper, section 3.2)."""
+
+    most_rows: ClassVar[int] = _C.max_elements
 
     def __init__(self, D: int, d: int, seed: int = 0, version: int | None = None, **options: Any) -> None:
         super().__init__(D, d, seed, version, options)
