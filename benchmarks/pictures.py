@@ -23,7 +23,7 @@ def draw(device: str) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    made = [_projection(device), _layer(device), _memory(device)]
+    made = [_projection(device), _family(device), _layer(device), _memory(device)]
     return [path for path in made if path is not None]
 
 
@@ -63,6 +63,36 @@ def _projection(device: str) -> Path | None:
     panels[0].set_ylabel("milliseconds" + (f", {count} thread" if count else ""))
     panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, f"projection-{device}.png")
+
+
+def _family(device: str) -> Path | None:
+    """Times of P theta_d and P^T g, over D and over d."""
+    from matplotlib import colormaps, pyplot
+
+    rows = [row for row in load("family", device) if row["pass"] != "step"]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(row["projection"] for row in rows))
+    figure, panels = pyplot.subplots(2, 2, figsize=(12, 9), sharey=True)
+    for line, what in zip(panels, ("forward", "transpose"), strict=True):
+        for axes, axis in zip(line, ("D", "d"), strict=True):
+            for k, name in enumerate(names):
+                points = [
+                    (row[axis], row["median_ms"])
+                    for row in rows
+                    if row["projection"] == name and row["axis"] == axis and row["pass"] == what
+                ]
+                if points:
+                    marker = "osv^D"[k % 5]
+                    colour = colormaps["tab20"](k % 20)
+                    axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, color=colour, label=name)
+            other = "d = 1,024 where it is free" if axis == "D" else "D = 147,456"
+            title = f"{'P theta_d' if what == 'forward' else 'P^T g'} over {axis} ({other})"
+            axes.set(xscale="log", yscale="log", xlabel=axis, title=title)
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("milliseconds, 1 thread" if device == "cpu" else "milliseconds")
+    panels[0][0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(2.22, 1))
+    return _save(figure, f"family-{device}.png")
 
 
 def _layer(device: str) -> Path | None:

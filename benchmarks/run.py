@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Runs the benchmarks, writes rows and pictures to results/, and renews the tables of the documentation.
 
-    python benchmarks/run.py [projection lora_linear attach step decode quantised communication] [--device cpu]
+    python benchmarks/run.py [projection family lora_linear attach step decode quantised communication]
+                             [--device cpu]
                              [--seconds 3] [--threads 1 2]
 
 All of it takes under ten minutes on two cores. The rivals need peft; the 4-bit base needs bitsandbytes and the demo's
@@ -19,7 +20,7 @@ import pictures
 import tables
 from common import Options, write
 
-BENCHES = ("projection", "lora_linear", "attach", "step", "decode", "quantised", "communication")
+BENCHES = ("projection", "family", "lora_linear", "attach", "step", "decode", "quantised", "communication")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -189,11 +189,42 @@ def _peft() -> list[str]:
     ]
 
 
+def _family() -> list[str]:
+    machine = json.loads((RESULTS / "family-cpu.json").read_text())["machine"]
+    rows = load("family", "cpu")
+    sizes = [row for row in rows if row["pass"] != "step"]
+    lines = [
+        f"{machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, commit "
+        f"{machine['commit']}. Medians, one thread; 48 modules of 384 x 384, r = 4, d = 1,024 where it is free.",
+        "Slopes are of log time over log D and log d, at the larger sizes: 1 is linear. The step is of MiniLM's shape "
+        "(12 modules),",
+        "batch 16 of 40 tokens, d = 2,048, on two threads, over one through the frozen model.",
+        "",
+        "| | D | d | P theta_d | P^T g | slope over D | slope over d | kept | a step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["projection"] for row in sizes):
+        own = [row for row in sizes if row["projection"] == name]
+        modules = sorted({row["D"] for row in own if row["axis"] == "D"})
+        D = modules[2] if len(modules) > 2 else modules[-1]
+        forward, transpose = (_pick(own, axis="D", D=D, **{"pass": what}) for what in ("forward", "transpose"))
+        over_d = [row["slope"] for row in own if row["axis"] == "d" and row["d"] == max(r["d"] for r in own)]
+        step = _pick(rows, projection=name, **{"pass": "step"})
+        lines.append(
+            f"| `{name}` | {D:,} | {forward['d']:,} | {forward['median_ms']:.3g} ms | {transpose['median_ms']:.3g} ms "
+            f"| {forward['slope']:.2f}, {transpose['slope']:.2f} "
+            f"| {', '.join(f'{slope:.2f}' for slope in over_d) or 'd is given'} "
+            f"| {forward['nbytes'] / 2**20:.3g} MiB | {step['ratio']:.2f} x |"
+        )
+    return lines
+
+
 TABLES = {
     "demo": ("demo.json", _demo),
     "decoder": ("decoder.json", _decoder),
     "quantised": ("quantised-cpu.json", _quantised),
     "cpu": ("projection-cpu.json", _cpu),
+    "family": ("family-cpu.json", _family),
     "peft": ("projection-cpu.json", _peft),
 }
 """By name: the file in results/ that must be there, and what writes the lines."""

@@ -6,7 +6,9 @@ import json
 import shutil
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 
@@ -30,9 +32,10 @@ def inspect(arguments: Namespace) -> None:
         "base model": record["base_model"] or "not recorded",
         "theta_d": f"d = {record['d']:,} numbers ({str(file.theta_d.dtype).removeprefix('torch.')}), "
         f"norm {theta_d.norm():.4g}, largest {theta_d.abs().max():.4g}",
-        "LoRA values": f"D = {record['D']:,} (D / d = {record['D'] / record['d']:.4g}), r = {record['r']}, "
+        "values made": f"D = {record['D']:,} (D / d = {record['D'] / record['d']:.4g}), r = {record['r']}, "
         f"scaling {record['scaling']:g}",
-        "projection": ", ".join(f"{key} {value}" for key, value in record["projection"].items()),
+        "projection": _projection(record["projection"]),
+        **({"parts": ", ".join(f"{name} {list(t.shape)}" for name, t in file.parts.items())} if file.parts else {}),
         "modules": _modules(file),
         "trained whole": ", ".join(file.config.modules_to_save) or "none",
         "fingerprint": record["fingerprint"],
@@ -43,6 +46,12 @@ def inspect(arguments: Namespace) -> None:
         lines[key.replace("_", " ")] = value if isinstance(value, str) else json.dumps(value)
     width = max(map(len, lines))
     print("\n".join(f"{key:<{width}}  {value}" for key, value in lines.items()))
+
+
+def _projection(spec: Mapping[str, Any]) -> str:
+    options = {name.replace("_", " "): value for name, value in spec["options"].items()}
+    shown = {**{key: value for key, value in spec.items() if key != "options"}, **options}
+    return ", ".join(f"{key} {json.dumps(value) if key in options else value}" for key, value in shown.items())
 
 
 def _modules(file: AdapterFile) -> str:

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import unilora_ext as ul
 from unilora_ext.cli.model import TaskModel
+from unilora_ext.layout import Order
 
 __all__ = ["file_sizes", "model_sizes", "table"]
 
 
 def file_sizes(file: ul.AdapterFile) -> dict[str, int]:
-    """Numbers and bytes of a saved adapter. LoRA: the D values of the same matrices, 4 bytes each."""
+    """Numbers and bytes of a saved adapter. LoRA: the D values that it makes, 4 bytes each."""
     files = file.record["files"]
     return {
         "d": file.record["d"],
         "D": file.record["D"],
+        "dense": file.record["layout"] == Order.DENSE.value,
+        "part_numbers": sum(t.numel() for t in file.parts.values()),
         "theta_d_bytes": files["theta_d"]["bytes"],
         "lora_bytes": 4 * file.record["D"],
         "head_parameters": sum(t.numel() for t in file.modules_to_save.values()),
@@ -25,9 +28,9 @@ def file_sizes(file: ul.AdapterFile) -> dict[str, int]:
 
 
 def model_sizes(task: TaskModel, folder: Path) -> dict[str, int]:
-    """:func:`file_sizes` and those of the model: its parameters without theta_d, at their own width."""
-    theta_d = task.adapter.theta_d
-    parameters = [p for p in task.model.parameters() if p is not theta_d]
+    """:func:`file_sizes` and those of the model: its own parameters, at their own width."""
+    trained = {id(parameter) for parameter in task.adapter.trained.values()}
+    parameters = [p for p in task.model.parameters() if id(p) not in trained]
     return {
         **file_sizes(ul.read(folder)),
         "model_parameters": sum(p.numel() for p in parameters),
@@ -38,8 +41,12 @@ def model_sizes(task: TaskModel, folder: Path) -> dict[str, int]:
 def table(sizes: dict[str, int]) -> str:
     """The sizes as lines of text."""
     rows = [
-        ("adapter: theta_d", sizes["d"], sizes["theta_d_bytes"]),
-        ("same matrices as LoRA", sizes["D"], sizes["lora_bytes"]),
+        (
+            "adapter: theta_d and parts" if sizes["part_numbers"] else "adapter: theta_d",
+            sizes["d"] + sizes["part_numbers"],
+            sizes["theta_d_bytes"],
+        ),
+        ("same updates, dense" if sizes["dense"] else "same matrices as LoRA", sizes["D"], sizes["lora_bytes"]),
     ]
     if sizes["head_parameters"]:
         rows.append(("classifier head (in each)", sizes["head_parameters"], sizes["head_bytes"]))

@@ -128,6 +128,8 @@ def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) 
     adapter = task.adapter
     head = sum(t.numel() for t in adapter.modules_to_save().values())
     names = adapter.config.target_modules
+    own = {name: t.numel() for name, t in adapter.trained.items() if name != "theta_d"}
+    parts = "".join(f" and {name} ({count:,})" for name, count in own.items())
     whole = f"; trained whole: {', '.join(adapter.config.modules_to_save)} ({head:,})" if head else ""
     rates = [f"{rate:g} ({name})" for name, rate in learning_rates(settings, adapter).items()]
     rates += [f"{settings.lr_head:g} (head)"] * bool(head)
@@ -141,7 +143,7 @@ def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) 
         print(f"labels    {', '.join(rows.labels[:8])}{', ...' if len(rows.labels) > 8 else ''}")
     print(
         f"adapter   {names if isinstance(names, str) else ', '.join(names)} in {len(adapter.layers)} modules, "
-        f"r = {adapter.config.r}: D = {adapter.projection.D:,} LoRA values from d = {adapter.config.d:,}{whole}\n"
+        f"r = {adapter.config.r}: D = {adapter.projection.D:,} values from d = {adapter.config.d:,}{parts}{whole}\n"
         f"training  {settings.epochs} epochs of {steps} steps of {settings.batch_size} rows, learning rate"
         f"{'s' if len(rates) > 1 else ''} {' and '.join(rates)}, seed {settings.seed}, on {device_of(settings.device)}",
         flush=True,
