@@ -24,6 +24,14 @@ COUNTED plain_segment_sum(const float* g, const float* scale, const int32_t* ord
     out[j] = scale[j] * sum;
   }
 }
+template <typename Map>
+struct Computed {
+  Map map;
+  bool columns(int64_t first, int64_t n, int32_t* buffer) const {
+    fill_block(buffer, n, map, static_cast<uint64_t>(first));
+    return true;
+  }
+};
 template <typename Source>
 void gather_rows(const Source& source, const float* table, float* out) {
   alignas(64) int32_t buffer[kBlock];
@@ -39,7 +47,7 @@ void scatter_rows(const Source& source, const float* g, float* table) {
   for (int64_t first = 0; first < kRows; first += kBlock) {
     const int64_t n = std::min(kBlock, kRows - first);
     if (!source.columns(first, n, buffer)) std::abort();
-    scatter_block(g + first, buffer, table, n);
+    scatter_block<false>(g + first, buffer, static_cast<const float*>(nullptr), table, n);
   }
 }
 COUNTED stored_gather(const int32_t* index, const float* table, float* out) {
@@ -48,15 +56,15 @@ COUNTED stored_gather(const int32_t* index, const float* table, float* out) {
 COUNTED stored_scatter(const int32_t* index, const float* g, float* table) {
   scatter_rows(StoredColumns{index, kColumns}, g, table);
 }
-COUNTED uniform_gather(const float* table, float* out) { gather_rows(UniformColumns{kColumns, 1}, table, out); }
+COUNTED uniform_gather(const float* table, float* out) { gather_rows(Computed<UniformMap>{{kColumns, 1}}, table, out); }
 COUNTED balanced_gather(const float* table, float* out) {
-  gather_rows(BalancedColumns{BalancedMap(kBalancedVersion, kRows, kColumns, 1)}, table, out);
+  gather_rows(Computed<BalancedMap>{BalancedMap(kBalancedVersion, kRows, kColumns, 1)}, table, out);
 }
 
 int main(int argc, char** argv) {
   const char* name = argc > 1 ? argv[1] : "";
   std::vector<int32_t> index(kRows), order(kRows), offsets(kColumns + 1, 0);
-  fill_uniform_block(index.data(), kRows, kColumns, 1, 0);
+  fill_block(index.data(), kRows, UniformMap{kColumns, 1}, 0);
   const std::vector<int64_t> wide(index.begin(), index.end());
   for (const int32_t j : index) ++offsets[j + 1];
   for (int64_t j = 0; j < kColumns; ++j) offsets[j + 1] += offsets[j];

@@ -30,7 +30,7 @@ extern "C" uint32_t update_table(float* table,          // [d]
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t size = std::min(kBlock, n - first);
     seen |= copy_columns(index + first, columns, size);
-    scatter_block(block, columns, table, size);
+    scatter_block<false>(block, columns, static_cast<const float*>(nullptr), table, size);
   }
   return seen;
 }
