@@ -16,6 +16,8 @@ from common import Options, Row, measure, rows_of, threads
 from rivals import adapted
 from torch import nn
 
+from unilora_ext.updates import LowRankUpdate
+
 # n = m, tokens, r
 CASES = [(1024, tokens, 4) for tokens in (16, 64, 256, 1024)] + [(1024, 256, 64), (384, 1024, 4), (384, 1024, 16)]
 KINDS = ("frozen", "unilora_ext", "peft-unilora", "peft-lora")
@@ -60,9 +62,10 @@ def _step(model: nn.Module, kind: str, x: torch.Tensor, grad: torch.Tensor) -> C
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     layer = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "linear")
     if kind == "unilora_ext":
-        model(x)  # the first forward watches which layers ask for their factors
+        model(x)  # the first forward watches which layers ask for their update
         factors = tuple(f.detach().requires_grad_() for f in layer.lora_factors())
-        wanted, model.unilora.factors = [x, *factors], lambda *of: factors
+        update = LowRankUpdate(*factors, layer.scaling)
+        wanted, model.unilora.update = [x, *factors], lambda *of: update
     return lambda: torch.autograd.grad(layer(x), wanted, grad)
 
 
