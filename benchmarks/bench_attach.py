@@ -21,7 +21,7 @@ def run(options: Options) -> list[Row]:
         with torch.device("meta"):
             layers = nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in model.modules))
         adapter = ul.attach(layers, config)
-        adapter.projection.restrict("cpu").scale(torch.float32)
+        adapter.projection.restrict("cpu").operands(torch.float32)
 
     def theirs() -> None:
         UniLoraModel.generate_index(model.D, model.d, UniLoraConfig().proj_seed)

@@ -206,9 +206,9 @@ class Projection(ABC):
     def restrict(self, device: torch.device | str, ranges: Sequence[Range] | None = None) -> Restriction:
         """The rows of `ranges`, one after the other, on `device`; None: all rows (made once a device and kept)."""
         device, whole = torch.device(device), [(0, self.D)]
-        kept = not faking() and (ranges is None or list(ranges) == whole)
-        if kept and device in self._restrictions:
-            return self._restrictions[device]
+        kept = (ranges is None or list(ranges) == whole) and not faking()
+        if kept and (found := self._restrictions.get(device)) is not None:
+            return found
         restriction = ordinary(lambda: self._restrict(device, whole if ranges is None else ranges))
         if kept:
             self._restrictions[device] = restriction

@@ -111,10 +111,12 @@ class ProjectFunction(torch.autograd.Function):
 
 def cut(theta_D: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
     """Matrices that lie end to end in theta_D, each row by row."""
+    if len(shapes) == 1:
+        return (theta_D.view(shapes[0]),)
     parts = theta_D.split_with_sizes([math.prod(shape) for shape in shapes])
     return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def widened(tensor: Tensor) -> Tensor:
     """In the dtype of sums over it."""
-    return tensor.to(accumulator_dtype(tensor.dtype))
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
