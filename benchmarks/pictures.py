@@ -73,7 +73,7 @@ def _family(device: str) -> Path | None:
     if not rows:
         return None
     names = list(dict.fromkeys(row["projection"] for row in rows))
-    figure, panels = pyplot.subplots(2, 2, figsize=(12, 9), sharey=True)
+    figure, panels = pyplot.subplots(2, 2, figsize=(12, 9), sharey=True, layout="constrained")
     for line, what in zip(panels, ("forward", "transpose"), strict=True):
         for axes, axis in zip(line, ("D", "d"), strict=True):
             for k, name in enumerate(names):
@@ -91,7 +91,7 @@ def _family(device: str) -> Path | None:
             axes.set(xscale="log", yscale="log", xlabel=axis, title=title)
             axes.grid(alpha=0.3)
         line[0].set_ylabel("milliseconds, 1 thread" if device == "cpu" else "milliseconds")
-    panels[0][0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(2.22, 1))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return _save(figure, f"family-{device}.png")
 
 
