@@ -14,8 +14,8 @@ from unilora_ext import checkpoint
 from unilora_ext.attachment import CHILD, Attached, attachment_of, whole_tensors
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.export import export_lora
+from unilora_ext.fused import FusedLayer
 from unilora_ext.layer import updated_class
-from unilora_ext.merging import MergeableLayer
 from unilora_ext.sharded_tensors import exchange_, managed_by_fsdp
 
 __all__ = ["Adapter", "get_adapter", "set_class"]
@@ -118,7 +118,7 @@ class Adapter(Attached):
             raise UniLoRAError("merge: the adapter is disabled; call enable() first")
         layers = self.layers
         for name, layer in layers.items():
-            if not isinstance(layer, MergeableLayer):
+            if not isinstance(layer, FusedLayer):
                 kind = self.attachment.classes[name].__name__
                 raise UniLoRAError(
                     f"merge: expected a plain floating weight, got a {kind}: keep the adapter attached, or load it on "

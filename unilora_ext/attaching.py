@@ -12,10 +12,10 @@ from unilora_ext.adapter import Adapter, set_class
 from unilora_ext.attachment import CHILD, Attachment, whole_tensors
 from unilora_ext.config import UniLoRAConfig, make_projection, size_of
 from unilora_ext.errors import AttachError, UniLoRAError
+from unilora_ext.fused import FusedLayer, check_load, warn_merged
 from unilora_ext.layer import LayerState
 from unilora_ext.layout import Layout
 from unilora_ext.linear import start_on
-from unilora_ext.merging import MergeableLayer, check_load, warn_merged
 from unilora_ext.projections import Projection, projection_class
 from unilora_ext.sharded_tensors import full
 from unilora_ext.shared_vector import SharedVector
@@ -156,7 +156,7 @@ def _plain_weight(target: Target) -> Tensor:
         AttachError: it has no values, or is not stored as plain numbers.
     """
     weight = getattr(target.module, "weight", None)
-    if not issubclass(target.adapted_class, MergeableLayer) or weight.is_meta:
+    if not issubclass(target.adapted_class, FusedLayer) or weight.is_meta:
         got = "one on the meta device" if getattr(weight, "is_meta", False) else f"a {type(target.module).__name__}"
         raise AttachError(
             f"'{target.name}': expected a plain floating weight with values, which this projection is made from; "

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from unilora_ext.linear import FusedLayer
+from unilora_ext.fused import FusedLayer
 
 __all__ = ["UniLoRAConv1D"]
 

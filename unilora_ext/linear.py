@@ -1,4 +1,4 @@
-"""Linear layers that compute the product and the update in one operator: y = x (W + dW)^T + b."""
+"""``nn.Linear`` with an update."""
 
 from __future__ import annotations
 
@@ -10,43 +10,15 @@ from torch import Tensor, nn
 
 from unilora_ext.config import UniLoRAConfig, make_projection
 from unilora_ext.errors import UniLoRAError
-from unilora_ext.functional import accumulator_dtype, autocast_dtype
-from unilora_ext.layer import LayerState, UniLoRALayer
+from unilora_ext.functional import accumulator_dtype
+from unilora_ext.fused import FusedLayer
+from unilora_ext.layer import LayerState
 from unilora_ext.layout import Layout
-from unilora_ext.merging import MergeableLayer
 from unilora_ext.projections import Projection, projection_class
-from unilora_ext.sharded_tensors import is_sharded
 from unilora_ext.shared_vector import SharedVector
 from unilora_ext.uncalled import keeps_called
 
-__all__ = ["FusedLayer", "UniLoRALinear", "start_on"]
-
-
-class FusedLayer(MergeableLayer):
-    """The update, as a mixin in front of a linear layer with a plain floating ``weight`` and a ``bias``."""
-
-    bias: Tensor | None
-
-    def dense_weight(self) -> Tensor:
-        """W as [m, n], whatever the layout of ``weight``."""
-        return self.weight
-
-    def update_like(self) -> tuple[torch.device, torch.dtype]:
-        return self.weight.device, self.weight.dtype
-
-    def forward(self, input: Tensor) -> Tensor:
-        x, state, weight = input, self._unilora, self.weight
-        if is_sharded(weight):
-            raise UniLoRAError(
-                f"{self}: expected a whole weight here, got a DTensor: attach after parallelize_module, and call the "
-                "model that fully_shard was given, not a part of it"
-            )
-        if state.original is not None or not state.vector.enabled:
-            return super(UniLoRALayer, self).forward(x)
-        if self._dropping():
-            return self._added(super(UniLoRALayer, self).forward(x), x)
-        update = state.vector.update(state.slot_id, weight.device, autocast_dtype(x.device, weight.dtype))
-        return update.linear(x, self.dense_weight(), self.bias)
+__all__ = ["UniLoRALinear", "start_on"]
 
 
 class UniLoRALinear(FusedLayer, nn.Linear):

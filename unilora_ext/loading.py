@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,10 +14,9 @@ from unilora_ext.attachment import whole_tensors
 from unilora_ext.checkpoint import read
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
-from unilora_ext.functional import accumulator_dtype
 from unilora_ext.sharded_tensors import copy_
 
-__all__ = ["Fit", "load"]
+__all__ = ["attach_saved", "fitting_plan", "load"]
 
 
 def load(model: nn.Module, folder: str | Path) -> Adapter:
@@ -40,92 +38,72 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     names = [name for name, _, _ in file.modules]
     # The names stand for an expression, which may match for ever. Where the configuration has names, they are compared.
     whole_names = names if file.config.pattern is not None else None
-    fit = Fit.of(model, file.folder, file.config, whole_names, file.record["projection"]["version"])
+    plan = fitting_plan(model, file.folder, file.config, whole_names, file.record["projection"]["version"])
     check_same(
         file.folder,
         "adapted modules",
         dict((n, [m, k]) for n, m, k in file.modules),
-        {t.name: [t.m, t.n] for t in fit.plan.targets},
+        {t.name: [t.m, t.n] for t in plan.targets},
     )
-    if names != [t.name for t in fit.plan.targets]:
+    if names != [t.name for t in plan.targets]:
         raise AdapterFileError(f"{file.folder}: the model has the adapter's modules in another order")
-    return fit.attach(file.theta_d, file.parts, file.modules_to_save)
+    return attach_saved(plan, file.folder, file.theta_d, file.parts, file.modules_to_save)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What an adapter of a folder will be in a model that is not changed yet.
+def fitting_plan(
+    model: nn.Module, folder: Path, config: UniLoRAConfig, whole_names: Sequence[str] | None, version: int | None = None
+) -> Plan:
+    """The plan for the configuration of a folder; `whole_names` and `version` as in :meth:`Plan.of`.
 
-    Attributes:
-        folder: for messages.
-        plan: to attach it.
-        whole: the model's tensors of modules_to_save, by full name.
+    Raises:
+        UniLoRAError: the configuration does not fit the model; the message names the folder.
     """
+    try:
+        return Plan.of(model, config, whole_names, version)
+    except UniLoRAError as error:
+        raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
 
-    folder: Path
-    plan: Plan
-    whole: dict[str, Tensor]
 
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        folder: Path,
-        config: UniLoRAConfig,
-        whole_names: Sequence[str] | None,
-        version: int | None = None,
-    ) -> Fit:
-        """The fit of a configuration; `whole_names` and `version` as in :meth:`unilora_ext.attaching.Plan.of`.
+def attach_saved(
+    plan: Plan, folder: Path, theta_d: Tensor, parts: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> Adapter:
+    """Changes the model of a plan.
 
-        Raises:
-            UniLoRAError: the configuration does not fit the model.
-        """
-        try:
-            return cls(folder, Plan.of(model, config, whole_names, version), whole_tensors(model, config))
-        except UniLoRAError as error:
-            raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
+    Args:
+        plan: that fits the folder.
+        folder: for messages.
+        theta_d: [d].
+        parts: what the projection keeps beside it.
+        tensors: of modules_to_save, by full name.
 
-    @property
-    def accumulator_dtype(self) -> torch.dtype:
-        """In which theta_d of a new adapter is: float32, float64 in a float64 model."""
-        return accumulator_dtype(self.plan.targets[0].like().dtype)
-
-    def attach(self, theta_d: Tensor, parts: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Adapter:
-        """Changes the model.
-
-        Args:
-            theta_d: [d].
-            parts: what the projection keeps beside it.
-            tensors: of modules_to_save, by full name.
-
-        Raises:
-            AdapterFileError: `parts` are not those of the projection, or `tensors` not the model's by name, shape and
-                type.
-            AttachError: modules_to_save are on the meta device.
-        """
-        try:
-            trained = self.plan.projection.restored(parts)
-        except UniLoRAError as error:
-            raise AdapterFileError(f"{self.folder}: {error}") from error
-        check_same(self.folder, "modules_to_save", shapes_of(tensors), shapes_of(self.whole))
-        for name, tensor in tensors.items():
-            expected, got = self.whole[name].dtype, tensor.dtype
-            if got != expected and not (got.is_floating_point and expected.is_floating_point):
-                raise AdapterFileError(
-                    f"{self.folder}: modules_to_save: '{name}': expected {expected}, as in the model, got {got}"
-                )
-        check_memory(self.folder, self.whole)
-        like = self.plan.targets[0].like()
-        device = torch.device("cpu") if like.is_meta else like.device
-        adapter = self.plan.attach({k: t.to(device) for k, t in {"theta_d": theta_d, **trained}.items()})
-        try:
-            with torch.no_grad():
-                for name, tensor in self.whole.items():
-                    copy_(tensor, tensors[name])
-        except BaseException:  # no memory, an interrupt
-            adapter.detach()
-            raise
-        return adapter
+    Raises:
+        AdapterFileError: `parts` are not those of the projection, or `tensors` not the model's by name, shape and type.
+        AttachError: modules_to_save are on the meta device.
+    """
+    whole = whole_tensors(plan.model, plan.config)
+    try:
+        trained = plan.projection.restored(parts)
+    except UniLoRAError as error:
+        raise AdapterFileError(f"{folder}: {error}") from error
+    check_same(folder, "modules_to_save", shapes_of(tensors), shapes_of(whole))
+    for name, tensor in tensors.items():
+        expected, got = whole[name].dtype, tensor.dtype
+        if got != expected and not (got.is_floating_point and expected.is_floating_point):
+            raise AdapterFileError(
+                f"{folder}: modules_to_save: '{name}': expected {expected}, as in the model, got {got}"
+            )
+    check_memory(folder, whole)
+    like = plan.targets[0].like()
+    device = torch.device("cpu") if like.is_meta else like.device
+    adapter = plan.attach({name: t.to(device) for name, t in {"theta_d": theta_d, **trained}.items()})
+    try:
+        with torch.no_grad():
+            for name, tensor in whole.items():
+                copy_(tensor, tensors[name])
+    except BaseException:  # no memory, an interrupt
+        adapter.detach()
+        raise
+    return adapter
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

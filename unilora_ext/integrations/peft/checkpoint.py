@@ -16,8 +16,9 @@ from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError, shown
 from unilora_ext.export import PREFIX, common_record, exact_targets, write_folder
 from unilora_ext.files import open_file, read_all
+from unilora_ext.functional import accumulator_dtype
 from unilora_ext.integrations.peft.vectors import are_column_scales
-from unilora_ext.loading import Fit
+from unilora_ext.loading import attach_saved, fitting_plan
 from unilora_ext.projections import Projection
 from unilora_ext.record import conform, parse_json
 from unilora_ext.targets import Target
@@ -109,9 +110,10 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
         config = _convert(model, names, theirs)
     except UniLoRAError as error:
         raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
-    fit = Fit.of(model, folder, config, names)
-    _take_index(folder, tensors, fit.plan.targets, config.r, fit.plan.projection)
-    return fit.attach(theta_d.to(fit.accumulator_dtype), {}, tensors)
+    plan = fitting_plan(model, folder, config, names)
+    _take_index(folder, tensors, plan.targets, config.r, plan.projection)
+    theta_d = theta_d.to(accumulator_dtype(plan.targets[0].like().dtype))  # float32, float64 in a float64 model
+    return attach_saved(plan, folder, theta_d, {}, tensors)
 
 
 def need_peft() -> None:

@@ -1,4 +1,4 @@
-"""The update folded into the weight of a layer, and taken out again."""
+"""Layers with a plain weight: y = x (W + dW)^T + b in one operator, or by a weight that the update is folded into."""
 
 from __future__ import annotations
 
@@ -10,19 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext.errors import UniLoRAError
+from unilora_ext.functional import autocast_dtype
 from unilora_ext.layer import UniLoRALayer
 from unilora_ext.sharded_tensors import exchange_, is_sharded, managed_by_fsdp
 
-__all__ = ["MergeableLayer", "check_load", "warn_merged"]
+__all__ = ["FusedLayer", "check_load", "warn_merged"]
 
 _MERGED = "unilora_merged"
 """Marks a layer that was merged in the metadata of a ``state_dict``."""
 
 
-class MergeableLayer(UniLoRALayer):
-    """A layer whose ``weight`` [m, n] an update can be merged into."""
+class FusedLayer(UniLoRALayer):
+    """The update, as a mixin in front of a linear layer with a plain floating ``weight`` [m, n] and a ``bias``: product
+    and update are one operator, and the update can be folded into the weight."""
 
     weight: Tensor
+    bias: Tensor | None
+
+    def dense_weight(self) -> Tensor:
+        """W as [m, n], whatever the layout of ``weight``."""
+        return self.weight
+
+    def update_like(self) -> tuple[torch.device, torch.dtype]:
+        return self.weight.device, self.weight.dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, state, weight = input, self._unilora, self.weight
+        if is_sharded(weight):
+            raise UniLoRAError(
+                f"{self}: expected a whole weight here, got a DTensor: attach after parallelize_module, and call the "
+                "model that fully_shard was given, not a part of it"
+            )
+        if state.original is not None or not state.vector.enabled:
+            return super(UniLoRALayer, self).forward(x)
+        if self._dropping():
+            return self._added(super(UniLoRALayer, self).forward(x), x)
+        update = state.vector.update(state.slot_id, weight.device, autocast_dtype(x.device, weight.dtype))
+        return update.linear(x, self.dense_weight(), self.bias)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -90,7 +114,7 @@ class MergeableLayer(UniLoRALayer):
             return False
         return all(map(torch.equal, _bit_sums(self.weight), self._unilora.merged_sums))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeableLayer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLayer:
         as_merged = self.merged and self._weight_is_as_merged()
         super()._apply(fn, recurse)
         if as_merged and not self.weight.is_meta:  # a cast is not a write
@@ -131,19 +155,19 @@ class MergeableLayer(UniLoRALayer):
 
 
 def check_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """``load_state_dict`` pre-hook of a model: :meth:`MergeableLayer.check_load` of all layers, before the first
+    """``load_state_dict`` pre-hook of a model: :meth:`FusedLayer.check_load` of all layers, before the first
     tensor is written. Inside a larger model the metadata is not at hand here, and each layer checks its own."""
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is None and prefix:
         return
     for name, layer in model.named_modules():
-        if isinstance(layer, MergeableLayer):
+        if isinstance(layer, FusedLayer):
             layer.check_load(state_dict, f"{prefix}{name}.", (metadata or {}).get(prefix + name, {}))
 
 
 def warn_merged(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """``state_dict`` pre-hook of a model."""
-    if any(isinstance(layer, MergeableLayer) and layer.merged for layer in model.modules()):
+    if any(isinstance(layer, FusedLayer) and layer.merged for layer in model.modules()):
         warnings.warn(
             "state_dict() of a merged model: its weights have the update in them, and a model with an adapter that "
             "loads them adds it once more. unmerge() first, or detach(merge=True) for a plain model",
