@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the benchmarks, writes rows and pictures to results/, and renews the tables of the documentation.
 
-    python benchmarks/run.py [projection family lora_linear attach step decode quantised communication]
+    python benchmarks/run.py [projection hadamard family lora_linear attach step decode quantised communication]
                              [--device cpu]
                              [--seconds 3] [--threads 1 2]
 
@@ -20,7 +20,7 @@ import pictures
 import tables
 from common import Options, write
 
-BENCHES = ("projection", "family", "lora_linear", "attach", "step", "decode", "quantised", "communication")
+BENCHES = ("projection", "hadamard", "family", "lora_linear", "attach", "step", "decode", "quantised", "communication")
 
 
 def main(argv: list[str] | None = None) -> int:
