@@ -560,3 +560,41 @@ def test_one_layer_by_hand(case):
     x = torch.randn(3, 8)
     layer(x).sum().backward()
     torch.testing.assert_close(layer(x), linear(x) + x @ layer.delta_weight().T, rtol=1e-4, atol=1e-5)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@each_case
+def test_the_gpu_has_the_same_map(case):
+    """theta_D, P^T g and the gradients of the trained parts as on the CPU, and bit-equal from run to run."""
+    P, layout = made(case)
+    numbers = values(P, torch.float32)
+    g_D = torch.randn(layout.D)
+
+    def of(device):
+        theta_d, *trained = (t.to(device).requires_grad_() for t in numbers)
+        theta_D = P(theta_d, trained=trained)
+        return [theta_D.detach(), *torch.autograd.grad(theta_D, (theta_d, *trained), g_D.to(device))]
+
+    first, again = of("cuda"), of("cuda")
+    assert all(map(torch.equal, first, again))
+    for got, expected in zip(first, of("cpu"), strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+@each_case
+def test_a_model_on_the_gpu(case):
+    model, x = Tower(), tokens()
+    config = case.config(2, target_modules=["up", "down"])
+    adapter = ul.attach(model, config)
+    y = model(x)
+    loss = y.square().sum()
+    expected = torch.autograd.grad(loss, list(adapter.trained.values()))
+    model.cuda()
+    torch.testing.assert_close(model(x.cuda()).cpu(), y, rtol=1e-3, atol=1e-4)
+    got = torch.autograd.grad(model(x.cuda()).square().sum(), list(adapter.trained.values()))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-2, atol=1e-3)
