@@ -587,9 +587,8 @@ def test_the_gpu_has_the_same_map(case):
 @pytest.mark.cuda
 @each_case
 def test_a_model_on_the_gpu(case):
-    model, x = Tower(), tokens()
-    config = case.config(2, target_modules=["up", "down"])
-    adapter = ul.attach(model, config)
+    model, x = tower(), tokens()
+    adapter = ul.attach(model, case.config(2, target_modules=["up", "down"]))
     y = model(x)
     loss = y.square().sum()
     expected = torch.autograd.grad(loss, list(adapter.trained.values()))
