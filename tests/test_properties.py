@@ -21,7 +21,7 @@ def test_the_numbers_are_those_of_the_matrix(case):
     assert found.shared == pytest.approx(float((reached > 1).sum() / (reached > 0).sum()))
     if P.d <= 32:  # else some columns stand for all
         loads = (matrix != 0).sum(0).double()
-        if case.name != "fourierft":  # whose cosines may be 0 but for rounding
+        if case.name not in ("fourierft", "fastfood"):  # whose sums may be 0 but for rounding
             assert found.load == pytest.approx(float(loads.mean()))
             assert found.spread == pytest.approx(float(loads.std(correction=0) / loads.mean()), abs=1e-6)
     singular = torch.linalg.svdvals(used)

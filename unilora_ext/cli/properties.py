@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +77,6 @@ def _measured(arguments: Namespace, model: Any, targets: Any, name: str, option:
     from unilora_ext.properties import PUBLISHED, measure
     from unilora_ext.targets import find_targets
 
-    logging.getLogger("unilora_ext").setLevel(logging.ERROR)  # d is printed anyway
     options = {key: json.loads(value) for key, value in [option.split("=")]} if option else {}
     config = ul.UniLoRAConfig(
         r=arguments.r, target_modules=targets, projection=name, seed=arguments.seed, projection_options=options
