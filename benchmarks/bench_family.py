@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from bench_step import BATCH, ENCODERS, LENGTH, encoder
+from bench_step import BATCH, LENGTH, encoder, step_with
 from common import Options, Row, measure, rows_of, threads
 from torch import Tensor
 
@@ -105,7 +105,7 @@ def _steps(options: Options) -> Iterator[Row]:
 
 def _step(name: str, device: str) -> Callable[[], Any]:
     """A step of forward, backward and AdamW; frozen: of the head alone, through the whole model."""
-    model = encoder("6 x 384 (MiniLM)").train()
+    model = encoder("6 x 384 (MiniLM)")
     if name == "frozen":
         model.requires_grad_(False)
         # so that the backward goes all the way, as it does for the others
@@ -117,16 +117,4 @@ def _step(name: str, device: str) -> Callable[[], Any]:
         if size_of(config, layout) is None:
             config = ul.UniLoRAConfig(r=R, d=2048, target_modules=["query", "value"], projection=name)
         trained = list(ul.attach(model, config).trained.values())
-    model.to(device)
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 8000, (BATCH, LENGTH), generator=generator).to(device)
-    labels = torch.randint(0, 2, (BATCH,), generator=generator).to(device)
-
-    def step() -> None:
-        model.zero_grad()
-        model(input_ids=tokens, labels=labels).loss.backward()
-        optimizer.step()
-
-    assert ENCODERS["6 x 384 (MiniLM)"]["hidden_size"] == WIDTH
-    return step
+    return step_with(model, trained, device)

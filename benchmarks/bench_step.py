@@ -9,14 +9,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Options, Row, measure, rows_of, threads
 from rivals import adapted
-from torch import nn
+from torch import Tensor, nn
 
 ENCODERS = {
     "6 x 384 (MiniLM)": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -37,14 +37,20 @@ def step_of(name: str, kind: str, device: str) -> Callable[[], Any]:
     """One training step of theta_d (or the LoRA factors)."""
     width, layers = ENCODERS[name]["hidden_size"], ENCODERS[name]["num_hidden_layers"]
     D = 2 * layers * 2 * width * R
-    model = adapted(kind, lambda: encoder(name), ["query", "value"], R, D // 18).to(device).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model = adapted(kind, lambda: encoder(name), ["query", "value"], R, D // 18)
+    return step_with(model, [p for p in model.parameters() if p.requires_grad], device)
+
+
+def step_with(model: nn.Module, trained: Sequence[Tensor], device: str) -> Callable[[], Any]:
+    """A step of forward, backward and AdamW on one batch of random tokens."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 8000, (BATCH, LENGTH), generator=generator).to(device)
     labels = torch.randint(0, 2, (BATCH,), generator=generator).to(device)
 
     def step() -> None:
-        optimizer.zero_grad()
+        model.zero_grad()
         model(input_ids=tokens, labels=labels).loss.backward()
         optimizer.step()
 
