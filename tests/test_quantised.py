@@ -13,6 +13,7 @@ from torch import nn
 
 import unilora_ext as ul
 from unilora_ext import functional
+from unilora_ext.family import FAMILY
 
 
 class PackedLinear(nn.Module):
@@ -113,6 +114,44 @@ def test_the_adapter_acts_and_its_gradient_is_right(net):
     y.square().sum().backward()
     assert expected_gradient.norm() > 0
     torch.testing.assert_close(adapter.theta_d.grad, expected_gradient, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("projection", FAMILY)
+@pytest.mark.parametrize("kind", ["nf4", "int8", "packed"])
+def test_the_whole_family(kind, projection):
+    """Every projection acts, and its gradient is that of the dense update; those made from the weights say no."""
+    model, x = Net(LAYERS[kind]).to("cpu"), torch.randn(2, 5, 64)
+    free = projection in ("uniform", "balanced", "peft", "local", "nonuniform", "countsketch", "gaussian", "fastfood")
+    config = ul.UniLoRAConfig(r=3, d=100 if free else None, target_modules=["up", "down"], projection=projection)
+    if projection in ("loraxs", "tinylora"):
+        state = snapshot(model)
+        with pytest.raises(ul.AttachError, match="expected a plain floating weight with values"):
+            ul.attach(model, config)
+        now = snapshot(model)
+        assert all(now[what] == state[what] for what in ("flags", "classes", "identities", "hooks"))
+        return
+    adapter = ul.attach(model, config)
+    with torch.no_grad():
+        for tensor in adapter.trained.values():
+            tensor.normal_(std=0.3)
+        with adapter.disable():
+            before = model(x)
+    weights, h = dequantised(adapter), x
+    for slot_id, (name, activation) in enumerate((("up", torch.relu), ("down", torch.tanh))):
+        W, b = weights[name]
+        update = adapter.vector.fresh_update(slot_id, torch.device("cpu"), torch.float32)
+        h = activation(h @ (W + update.dense()).T + b)
+    y, expected = model(x), model.head(h)
+    assert (y - before).abs().max() > 1e-3
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    trained = list(adapter.trained.values())
+    for got, other in zip(
+        torch.autograd.grad(y.square().sum(), trained),
+        torch.autograd.grad(expected.square().sum(), trained),
+        strict=True,
+    ):
+        assert other.norm() > 0
+        torch.testing.assert_close(got, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
 
 
 def test_off_detached_and_copied(net):
