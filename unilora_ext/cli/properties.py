@@ -102,10 +102,13 @@ def _notes(name: str, option: str, found: Any, published: tuple[str, ...] | None
     notes = []
     for what, measured, said in zip(_NAMES, found.ticks, published or found.ticks, strict=True):
         if measured != said:
-            notes.append(f"{what}: published {said}, measured {measured}: {_REASONS.get((name, option, what), '?')}")
+            notes.append(
+                f"{what}: published {said}, measured {measured}: {_REASONS.get((name, option, what), OTHERWISE)}"
+            )
     return notes
 
 
+OTHERWISE = "the numbers of its row say so for this model; what they are held to stands above"
 _REASONS = {
     ("loraxs", "", "isometric"): "the published code scales U by the singular values of W; with sigma=false it holds",
     ("vblora", "", "global"): "the bank is larger than what this model's sub-vectors ask of it",

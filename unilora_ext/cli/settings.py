@@ -90,7 +90,11 @@ class Settings:
         lambda v: v >= 4,
     )
     lr_theta: float | None = _option(
-        None, float, "peak learning rate of theta_d (without it, the projection's own; 0.02 for Uni-LoRA)", **_RATE
+        None,
+        float,
+        "peak learning rate of theta_d (without it, the projection's own; 0.02 for Uni-LoRA); the trained parts of a "
+        "projection keep their ratio to it",
+        **_RATE,
     )
     lr_head: float = _option(0.002, float, "peak learning rate of the classifier head", **_RATE, task=CLASSIFICATION)
     weight_decay: float = _option(

@@ -36,13 +36,11 @@ class Option:
         default: its value where none is given; None: chosen by the projection.
         text: what it says, for people.
         least: the smallest number it may be.
-        choices: the values it may have, where they are few.
     """
 
     default: Any
     text: str
     least: float | None = None
-    choices: tuple[Any, ...] = ()
 
     def check(self, name: str, value: Any) -> None:
         """Raises where `value` is not of the kind of the default, or out of range."""
@@ -52,8 +50,8 @@ class Option:
             good = type(value) in (int, float) and value - value == 0  # finite
         if good and value is not None and self.least is not None:
             good = value >= self.least
-        if not good or (self.choices and value not in self.choices):
-            expected = f"one of {self.choices}" if self.choices else {bool: "True or False"}.get(kind, kind.__name__)
+        if not good:
+            expected = {bool: "True or False", int: "an integer", float: "a finite number"}.get(kind, kind.__name__)
             bound = "" if self.least is None else f" >= {self.least}"
             raise UniLoRAError(f"{name}: expected {expected}{bound}, got {shown(value)}")
 
