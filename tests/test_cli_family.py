@@ -127,3 +127,13 @@ def test_properties(folder, capsys):
     assert (folder / "properties.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command, "--projection", "uniform", "frobnicate"]) == 2
     assert "--projection: expected all or some of identity, uniform" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_a_model_stops_the_others_not(folder, capsys):
+    command = ["properties", "--model", f"{folder}/tiny", "--r", "33"]  # the layers are 32 wide
+    assert main([*command, "--d", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^loraxs sigma=false +not for this model and these sizes: .*expected at most 32", shown, re.M)
+    assert re.search(r"^fastfood +[\d,]+ ", shown, re.M)
+    assert main([*command, "--projection", "loraxs"]) == 2
+    assert "expected at most 32 for 'loraxs'" in capsys.readouterr().err

@@ -151,7 +151,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             nargs="+" if spec.name in ("target_modules", "projection_option") else None,
             action=_Tuple if spec.name in ("target_modules", "projection_option") else "store",
             default=argparse.SUPPRESS,
-            metavar={int: "N", float: "X", str: "NAME"}[kind],
+            metavar="NAME=VALUE" if spec.name == "projection_option" else {int: "N", float: "X", str: "NAME"}[kind],
             help=text.replace("%", "%%"),
         )
 

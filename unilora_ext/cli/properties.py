@@ -11,6 +11,7 @@ from typing import Any
 from unilora_ext.cli.errors import CliError, need
 from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.packages import model_path
+from unilora_ext.errors import UniLoRAError
 from unilora_ext.family import FAMILY
 
 __all__ = ["command"]
@@ -38,7 +39,13 @@ def command(arguments: Namespace) -> None:
           f"{'global':>7} {'uniform':>8} {'isometric':>10}")  # fmt: skip
     for name in chosen:
         for option in _VARIANTS.get(name, ("",)) if "all" in arguments.projection else ("",):
-            row = _measured(arguments, model, targets, name, option)
+            try:
+                row = _measured(arguments, model, targets, name, option)
+            except UniLoRAError as error:
+                if "all" not in arguments.projection or rows == []:
+                    raise
+                print(f"{_label(name, option):<25}not for this model and these sizes: {error}", flush=True)
+                continue
             rows.append(row)
             print(_line(row), flush=True)
     print(_legend())
@@ -89,12 +96,16 @@ def _measured(arguments: Namespace, model: Any, targets: Any, name: str, option:
     published = PUBLISHED.get(name) if not option or name == "loraxs" else None
     return {
         "projection": name,
-        "label": f"{name} {option}".strip(),
+        "label": _label(name, option),
         **asdict(found),
         **dict(zip(_NAMES, found.ticks, strict=True)),
         "published": None if published is None else dict(zip(_NAMES, published, strict=True)),
         "notes": _notes(name, option, found, published),
     }
+
+
+def _label(name: str, option: str) -> str:
+    return f"{name} {option}".strip()
 
 
 def _notes(name: str, option: str, found: Any, published: tuple[str, ...] | None) -> list[str]:
