@@ -137,6 +137,24 @@ def test_factors_are_the_projection_cut_up(device, kind, materialize, threads):
         assert torch.equal(g_d, P.transpose(g_D))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("materialize", [True, False])
+def test_the_gradient_of_a_few_factors_is_made_of_their_rows(device, kind, materialize):
+    """Of rows that are several ranges of P; the same as with zeros for the other factors."""
+    D = 5000
+    P = kind(D, 97, seed=12, materialize=materialize)
+    rows = P.restrict(device, [(7, 1000), (1003, 1004), (2000, 4000)])
+    shapes = [(3, 5), (900, 1), (80, 1), (1990, 1), (3, 3)]
+    assert sum(m * n for m, n in shapes) == len(rows)
+    theta_d = torch.randn(97, dtype=torch.float64, device=device, requires_grad=True)
+    for wanted in ([0], [2], [0, 2, 4], [1], [0, 1, 2, 3, 4]):
+        factors = rows.matrices(theta_d, shapes, torch.float64)
+        grads = [torch.randn_like(f) if k in wanted else torch.zeros_like(f) for k, f in enumerate(factors)]
+        (g_d,) = torch.autograd.grad([factors[k] for k in wanted], theta_d, [grads[k] for k in wanted])
+        whole = rows.project_transpose(torch.cat([g.flatten() for g in grads]))
+        torch.testing.assert_close(g_d, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_memory_of_a_large_result_is_used_again_only_when_it_is_free():
     P = ul.UniformProjection(3_000_001, 1009, seed=1)  # 12 MB: recycled
     theta_d = torch.randn(1009)

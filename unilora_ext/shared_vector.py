@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import Variable, forward_ad
 
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.functional import accumulator_dtype, graph_is_traced
@@ -27,8 +27,9 @@ _MODULE_CALL = nn.Module._call_impl.__code__
 
 _NONE: dict[int, Update] = {}
 
-_Kind = tuple[torch.device, torch.dtype, bool]
-"""Of updates: device, dtype, and whether they have gradients. A forward may ask for both (reentrant checkpointing)."""
+_Kind = tuple[torch.device, torch.dtype, int, bool]
+"""Of updates: device, dtype, the stream that makes them and alone may read them without waiting, and whether they have
+gradients. A forward may ask for both (reentrant checkpointing)."""
 
 
 @dataclass(frozen=True)
@@ -177,18 +178,21 @@ class SharedVector(nn.Module):
             return self._traced_update(slot_id, device, dtype)
         if (asked := self.asked) is not None:
             asked.add(slot_id)
-        step, kind = self._step, (device, dtype, torch.is_grad_enabled())
-        if step is not None and self._is_running():
+        step = self._step
+        if step is None or not self._is_running():
+            if graph_is_traced():
+                return self._traced_update(slot_id, device, dtype)
+            step = self._recomputation()
+        if step is not None:
+            kind = device, dtype, _stream(device), torch.is_grad_enabled()
             found = step.made.get(kind, _NONE).get(slot_id)
             if found is not None or (found := self._project_together(step, slot_id, kind)) is not None:
                 return found
-        if graph_is_traced():
-            return self._traced_update(slot_id, device, dtype)
         return self.fresh_update(slot_id, device, dtype, self.slots[slot_id])
 
     def _project_together(self, step: _Step, slot_id: int, kind: _Kind) -> Update | None:
         """The update of a layer, made with those of all layers of its place; None: it was not there before."""
-        device, dtype, with_gradients = kind
+        device, dtype, _, with_gradients = kind
         place = device, self.slots[slot_id].reduction
         group = None if (groups := self._groups) is None else groups.get(place)
         if group is None or slot_id not in group.slots:
@@ -252,6 +256,21 @@ class SharedVector(nn.Module):
         parts = _split_by_slot(slots, matrices)
         return {i: slot.update(parts[i], self.scaling) for i, slot in slots.items()}
 
+    def _recomputation(self) -> _Step | None:
+        """The step of the layers that a backward pass computes anew (activation checkpointing): one projection for all
+        of them, while theta_d and the trained parts are not written. None: no backward pass is running."""
+        task = torch._C._current_graph_task_id()
+        if task < 0:
+            return None
+        state = task, *((id(tensor), tensor._version) for tensor in self._values())
+        if self._anew is None or self._anew[0] != state:
+            self._anew = state, _Step()
+            Variable._execution_engine.queue_callback(self._end_recomputation)
+        return self._anew[1]
+
+    def _end_recomputation(self) -> None:
+        self._anew = None
+
     def _is_running(self) -> bool:
         """Whether the forward that :meth:`begin` began is still running, in this thread."""
         call, frame = self._call, sys._getframe(1)
@@ -292,6 +311,7 @@ class SharedVector(nn.Module):
     def _forget(self) -> None:
         self._step: _Step | None = None  # while the model's forward runs
         self._call: FrameType | None = None  # of the model, meanwhile
+        self._anew: tuple[tuple[Any, ...], _Step] | None = None  # while a backward pass runs
         self._kept: _Step | None = None  # between two
         self._groups: dict[tuple[torch.device, Reduction | None], _Group] | None = None
         # While the model's forward is traced:
@@ -316,7 +336,7 @@ class SharedVector(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = dict.fromkeys(("_step", "_call", "_kept", "_groups", "_traced"))
+        passing = dict.fromkeys(("_step", "_call", "_anew", "_kept", "_groups", "_traced"))
         return {**self.__dict__, **passing}
 
     def extra_repr(self) -> str:
@@ -336,6 +356,10 @@ def _kept(make: Callable[[], _Made]) -> _Made:
 def _moved(tensor: Tensor, device: torch.device, reduction: Reduction | None) -> Tensor:
     tensor = tensor.to(device)
     return tensor if reduction is None else reduction(tensor)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from unilora_ext._native import _C
 from unilora_ext._operators import below_autograd
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.layout import Range
-from unilora_ext.projections.base import Given, Option, Projection, faking, ordinary
+from unilora_ext.projections.base import Given, Option, Projection, faking, kept
 from unilora_ext.projections.restriction import Gradients, Restriction
 
 __all__ = ["NORMALIZE", "IndexedProjection", "SeededProjection"]
@@ -73,7 +73,7 @@ class IndexedProjection(Projection):
         if faking():
             return torch.empty(self.d, device=device, dtype=dtype)
         if (device, dtype) not in self._scales:
-            self._scales[device, dtype] = ordinary(lambda: self._make_scale(device, dtype))
+            self._scales[device, dtype] = kept(device, lambda: self._make_scale(device, dtype))
         return self._scales[device, dtype]
 
     def _make_scale(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -88,9 +88,13 @@ class IndexedProjection(Projection):
         def joined(parts: list[Tensor]) -> Tensor:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        index = joined([self.columns(start, stop, device) for start, stop in ranges])
-        values = [self.values(start, stop, device) for start, stop in ranges]
-        return StoredRows(self, index, None if None in values else joined(values))
+        if isinstance(whole := self._restrictions.get(device), StoredRows) and not faking():
+            index = [whole.index[start:stop] for start, stop in ranges]
+            values = [None if whole.value is None else whole.value[start:stop] for start, stop in ranges]
+        else:
+            index = [self.columns(start, stop, device) for start, stop in ranges]
+            values = [self.values(start, stop, device) for start, stop in ranges]
+        return StoredRows(self, ranges, joined(index), None if None in values else joined(values))
 
     @classmethod
     def compute(
@@ -173,16 +177,19 @@ class StoredRows(Restriction):
 
     Args:
         projection: P.
+        ranges: of its rows.
         index: int32 [n], the column of each row.
         value: float32 [n], or None.
     """
 
-    def __init__(self, projection: IndexedProjection, index: Tensor, value: Tensor | None) -> None:
-        self.projection, self.index, self.value, self.device = projection, index, value, index.device
-        self._members: tuple[Tensor, Tensor] | None = None
+    projection: IndexedProjection
 
-    def __len__(self) -> int:
-        return len(self.index)
+    def __init__(
+        self, projection: IndexedProjection, ranges: Sequence[Range], index: Tensor, value: Tensor | None
+    ) -> None:
+        super().__init__(projection, index.device, ranges)
+        self.index, self.value = index, value
+        self._members: tuple[Tensor, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -192,7 +199,7 @@ class StoredRows(Restriction):
         """(order int32 [n], offsets int32 [d + 1]): column j has the rows ``order[offsets[j]:offsets[j + 1]]``, in
         ascending order. Made once."""
         if self._members is None:
-            self._members = ordinary(self._sorted)
+            self._members = kept(self.device, self._sorted)
         return self._members
 
     def _sorted(self) -> tuple[Tensor, Tensor]:
@@ -253,15 +260,12 @@ class ComputedRows(Restriction):
     """
 
     nbytes = 0
+    projection: SeededProjection
 
     def __init__(self, projection: SeededProjection, ranges: Sequence[Range]) -> None:
-        self.projection, self.device = projection, torch.device("cpu")
+        super().__init__(projection, torch.device("cpu"), ranges)
         bounds = [bound for pair in ranges for bound in pair]
         self._source = projection.name, projection.version, projection.D, projection.seed, bounds
-        self._len = sum(stop - start for start, stop in ranges)
-
-    def __len__(self) -> int:
-        return self._len
 
     def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
         return self.projection.scale_on(self.device, dtype), *self._source
