@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable, forward_ad
 
 from unilora_ext.errors import UniLoRAError
-from unilora_ext.functional import accumulator_dtype, graph_is_traced
+from unilora_ext.functional import accumulator_dtype, autocast_dtype, graph_is_traced
 from unilora_ext.layout import Layout, Order, Range, Reduction, Slot, joined
 from unilora_ext.projections import Projection, Restriction
 from unilora_ext.projections.base import faking
@@ -139,7 +139,7 @@ class SharedVector(nn.Module):
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         if graph_is_traced():
-            self._traced = self._trace_all() if self.enabled and self._together else None
+            self._traced = self._trace_all(model) if self.enabled and self._together else None
             return
         if faking():
             return  # fakes are not kept: each layer projects its own rows
@@ -225,18 +225,22 @@ class SharedVector(nn.Module):
         """:meth:`update` in a graph that torch.compile or torch.export traces. Where the graph is that of the whole
         model, :meth:`begin` has projected for all; nothing is changed here, which checkpointed parts may not do."""
         slot = self.slots[slot_id]
-        if self._traced is not None and device == self.theta_d.device:
-            matrices = self._traced[slot.reduction][slot_id]
-            return slot.update([matrix.to(dtype) for matrix in matrices], self.scaling)
+        if self._traced is not None and slot_id in self._traced and device == self.theta_d.device:
+            # In another dtype than the layer was expected to ask for: rounded from that of the sums, the same numbers.
+            return slot.update([matrix.to(dtype) for matrix in self._traced[slot_id]], self.scaling)
         return self.fresh_update(slot_id, device, dtype, slot)
 
-    def _trace_all(self) -> dict[Reduction | None, dict[int, Sequence[Tensor]]]:
-        """All matrices in the dtype of the sums; rounded to another later, they are what the operator gives."""
-        together: dict[Reduction | None, dict[int, Slot]] = {}
-        for slot_id, slot in enumerate(self.slots):
-            together.setdefault(slot.reduction, {})[slot_id] = slot
-        dtype = accumulator_dtype(self.theta_d.dtype)
-        return {r: self._trace_matrices(slots, r, self.theta_d.device, dtype) for r, slots in together.items()}
+    def _trace_all(self, model: nn.Module) -> dict[int, Sequence[Tensor]]:
+        """The matrices of all layers in `model`, in the dtype in which each computes, by slot."""
+        together: dict[tuple[Reduction | None, torch.dtype], dict[int, Slot]] = {}
+        for slot_id, device, dtype in self._layers(model):
+            slot = self.slots[slot_id]
+            together.setdefault((slot.reduction, autocast_dtype(device, dtype)), {})[slot_id] = slot
+        matrices: dict[int, Sequence[Tensor]] = {}
+        for (reduction, dtype), slots in together.items():
+            in_order = {slot_id: slots[slot_id] for slot_id in sorted(slots)}
+            matrices |= self._trace_matrices(in_order, reduction, self.theta_d.device, dtype)
+        return matrices
 
     def _trace_matrices(
         self, slots: dict[int, Slot], reduction: Reduction | None, device: torch.device, dtype: torch.dtype
@@ -291,7 +295,7 @@ class SharedVector(nn.Module):
 
     def _group_by_place(self, model: nn.Module) -> dict[tuple[torch.device, Reduction | None], _Group]:
         members: dict[tuple[torch.device, Reduction | None], set[int]] = {}
-        for slot_id, device in self._devices(model):
+        for slot_id, device, _ in self._layers(model):
             members.setdefault((device, self.slots[slot_id].reduction), set()).add(slot_id)
         groups = {}
         for (device, reduction), slot_ids in members.items():
@@ -299,12 +303,14 @@ class SharedVector(nn.Module):
             groups[device, reduction] = _Group(slots, self.projection.restrict(device, _ranges_of(slots)), reduction)
         return groups
 
-    def _devices(self, model: nn.Module) -> Iterator[tuple[int, torch.device]]:
-        """(slot, device) of this vector's layers in `model`."""
+    def _layers(self, model: nn.Module) -> list[tuple[int, torch.device, torch.dtype]]:
+        """(slot, device, dtype) of this vector's layers in `model`."""
+        layers = []
         for module in model.modules():
             state = module.__dict__.get("_unilora")
             if state is not None and state.vector is self:
-                yield state.slot_id, module.update_like()[0]
+                layers.append((state.slot_id, *module.update_like()))
+        return layers
 
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------
 
@@ -315,7 +321,7 @@ class SharedVector(nn.Module):
         self._kept: _Step | None = None  # between two
         self._groups: dict[tuple[torch.device, Reduction | None], _Group] | None = None
         # While the model's forward is traced:
-        self._traced: dict[Reduction | None, dict[int, Sequence[Tensor]]] | None = None
+        self._traced: dict[int, Sequence[Tensor]] | None = None
 
     def _apply(self, fn, recurse: bool = True):
         def moved(tensor: Tensor) -> Tensor:
