@@ -200,4 +200,29 @@ class BalancedMap {
   }
 };
 
+// ---- the members of each column ------------------------------------------------------------------------------------
+// theta_D's gradient may come in pieces that lie end to end, as the layers make them. A position of it is then stored
+// as (piece, offset in the piece) in 32 bits: the piece in the highest ones, as many as the number of pieces needs.
+// With one piece it is the position itself.
+
+constexpr int64_t kMaxPieces = 1024;
+
+struct PiecePacking {
+  int shift;  // 22 to 32: bits of an offset
+
+  UNILORA_HOST_DEVICE explicit PiecePacking(int64_t pieces) : shift(32) {
+    while ((INT64_C(1) << (32 - shift)) < pieces) --shift;
+  }
+  UNILORA_HOST_DEVICE int64_t largest() const { return INT64_C(1) << shift; }  // elements of a piece
+  UNILORA_HOST_DEVICE uint32_t pack(uint32_t piece, uint32_t offset) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(piece) << shift) | offset;
+  }
+  UNILORA_HOST_DEVICE uint32_t piece(uint32_t entry) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(entry) >> shift);
+  }
+  UNILORA_HOST_DEVICE uint32_t offset(uint32_t entry) const {
+    return entry & static_cast<uint32_t>((UINT64_C(1) << shift) - 1);
+  }
+};
+
 }  // namespace unilora

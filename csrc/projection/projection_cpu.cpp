@@ -90,36 +90,6 @@ void gather_rows(const char* op, const Acc* theta_d, const Acc* scale, int64_t d
   if (!good) fail_index(op, d);
 }
 
-// Tensors of any shape and one dtype that lie end to end: rows [0, rows()).
-class Pieces {
- public:
-  explicit Pieces(const std::vector<Tensor>& tensors) {
-    for (const Tensor& tensor : tensors) {
-      held_.push_back(dense(tensor));
-      rows_ += tensor.numel();
-      ends_.push_back(rows_);
-    }
-  }
-
-  int64_t rows() const { return rows_; }
-
-  // body(begin, end, values) for each stretch of rows [first, last) in one tensor, until one returns false.
-  template <typename T, typename Body>
-  bool each(int64_t first, int64_t last, const Body& body) const {
-    for (size_t k = std::upper_bound(ends_.begin(), ends_.end(), first) - ends_.begin(); first < last; ++k) {
-      const int64_t end = std::min(last, ends_[k]), start = ends_[k] - held_[k].numel();
-      if (first < end && !body(first, end, const_data<T>(held_[k]) + (first - start))) return false;
-      first = end;
-    }
-    return true;
-  }
-
- private:
-  std::vector<Tensor> held_;
-  std::vector<int64_t> ends_;
-  int64_t rows_ = 0;
-};
-
 // out[j] = scale[j] * sum of value[i] grad[i] over the rows i of column j.
 template <typename Source>
 Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tensor& scale, const Source& source,
@@ -184,19 +154,57 @@ struct CpuProjection {
               T* out, int64_t n) const {
     gather_rows(op, theta_d, scale, d, StoredColumns{index, d}, value, out, n);
   }
-};
 
-// The pieces of grad_theta_D, all of the first one's dtype.
-Pieces checked_pieces(const char* op, const std::vector<Tensor>& grad_theta_D, const Tensor& scale) {
-  check_range(op, "number of tensors in grad_theta_D", static_cast<int64_t>(grad_theta_D.size()), 1, INT64_MAX);
-  for (const Tensor& piece : grad_theta_D) {
-    check_grad(op, piece, scale);
-    check_dtype(op, "grad_theta_D", piece, grad_theta_D[0].scalar_type());
+  // By counting: how many members each column has, where they start, then each position at the next place of its
+  // column. Both readings of the index are checked: another thread may write to it.
+  void column_members(const char* op, const int32_t* index, int64_t n, int64_t d, const std::vector<int64_t>& lengths,
+                      int32_t* order, int32_t* offsets) const {
+    std::fill(offsets, offsets + d + 1, 0);
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t column = index[i];
+      if (column < 0 || column >= d) fail_index(op, d);
+      ++offsets[column + 1];
+    }
+    for (int64_t j = 0; j < d; ++j) offsets[j + 1] += offsets[j];
+    std::vector<int32_t> next(offsets, offsets + d);
+    const PiecePacking packing(static_cast<int64_t>(lengths.size()));
+    for (size_t piece = 0; piece < lengths.size(); ++piece) {
+      for (int64_t k = 0; k < lengths[piece]; ++k) {
+        const int32_t column = *index++;
+        if (column < 0 || column >= d || next[column] == offsets[column + 1]) fail_index(op, d);
+        order[next[column]++] =
+            static_cast<int32_t>(packing.pack(static_cast<uint32_t>(piece), static_cast<uint32_t>(k)));
+      }
+    }
   }
-  Pieces pieces(grad_theta_D);
-  check_range(op, "len(grad_theta_D)", pieces.rows(), 0, kMaxElements);
-  return pieces;
-}
+
+  // A column has one thread, which adds its members one by one.
+  template <typename T, typename Acc>
+  void segment_sum(const char* op, const Pieces& grad, const Acc* value, const Acc* scale, int64_t d,
+                   const int32_t* order, const int32_t* offsets, Acc* out) const {
+    const int64_t n = grad.rows();
+    const PiecePacking packing(grad.size());
+    std::atomic<bool> good{true};
+    parallel(d, 1 + 4 * n / d, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t first = offsets[j], last = offsets[j + 1];
+        Acc sum = 0;
+        bool in_range = 0 <= first && first <= last && last <= n;
+        for (int64_t k = first; in_range && k < last; ++k) {
+          const auto entry = static_cast<uint32_t>(order[k]);
+          const int64_t piece = packing.piece(entry), offset = packing.offset(entry);
+          in_range = piece < grad.size() && offset < grad.lengths()[piece];
+          if (!in_range) break;
+          const Acc term = static_cast<Acc>(const_data<T>(grad[piece])[offset]);
+          sum += value == nullptr ? term : value[grad.start(piece) + offset] * term;
+        }
+        out[j] = scale[j] * sum;
+        if (!in_range) good = false;
+      }
+    });
+    if (!good) fail(op, "order, offsets: expected what column_members gives for pieces of these lengths");
+  }
+};
 
 Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, const Tensor& index,
                        const std::optional<Tensor>& value) {

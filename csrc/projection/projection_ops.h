@@ -3,9 +3,14 @@
 //   fill_index(index, n, map, start)       index[k] = the column of position start + k; map: UniformMap or BalancedMap
 //   new_vector(n, dtype)                   an uninitialised tensor of n numbers
 //   gather(op, theta_d, scale, d, index, value, out, n)      T: that of out, Acc: that of theta_d; value may be null
+//   column_members(op, index, n, d, lengths, order, offsets)
+//   segment_sum<T>(op, pieces, value, scale, d, order, offsets, out)      Acc: that of scale and out
 #pragma once
 
+#include <algorithm>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "checks.h"
 #include "projection/projection.h"
@@ -103,6 +108,101 @@ class Values {
   std::optional<Tensor> held_;
 };
 
+// Tensors of any shape and one dtype that lie end to end: rows [0, rows()).
+class Pieces {
+ public:
+  explicit Pieces(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) {
+      held_.push_back(dense(tensor));
+      lengths_.push_back(tensor.numel());
+      rows_ += tensor.numel();
+      ends_.push_back(rows_);
+    }
+  }
+
+  int64_t rows() const { return rows_; }
+  const std::vector<int64_t>& lengths() const { return lengths_; }
+  int64_t size() const { return static_cast<int64_t>(held_.size()); }
+  int64_t start(int64_t piece) const { return ends_[piece] - lengths_[piece]; }
+  const Tensor& operator[](int64_t piece) const { return held_[piece]; }
+
+  // body(begin, end, values) for each stretch of rows [first, last) in one tensor, until one returns false.
+  template <typename T, typename Body>
+  bool each(int64_t first, int64_t last, const Body& body) const {
+    for (int64_t k = std::upper_bound(ends_.begin(), ends_.end(), first) - ends_.begin(); first < last; ++k) {
+      const int64_t end = std::min(last, ends_[k]);
+      if (first < end && !body(first, end, const_data<T>(held_[k]) + (first - start(k)))) return false;
+      first = end;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<Tensor> held_;
+  std::vector<int64_t> lengths_, ends_;
+  int64_t rows_ = 0;
+};
+
+// The pieces of grad_theta_D, all of the first one's dtype.
+inline Pieces checked_pieces(const char* op, const std::vector<Tensor>& grad_theta_D, const Tensor& scale) {
+  check_range(op, "number of tensors in grad_theta_D", static_cast<int64_t>(grad_theta_D.size()), 1, INT64_MAX);
+  for (const Tensor& piece : grad_theta_D) {
+    check_grad(op, piece, scale);
+    check_dtype(op, "grad_theta_D", piece, grad_theta_D[0].scalar_type());
+  }
+  Pieces pieces(grad_theta_D);
+  check_range(op, "len(grad_theta_D)", pieces.rows(), 0, kMaxElements);
+  return pieces;
+}
+
+// Whether pieces of these lengths can be packed.
+inline void check_packing(const char* op, const std::vector<int64_t>& lengths) {
+  const auto pieces = static_cast<int64_t>(lengths.size());
+  check_range(op, "number of pieces", pieces, 1, kMaxPieces);
+  const int64_t largest = std::min(PiecePacking(pieces).largest(), kMaxElements);
+  for (const int64_t length : lengths) check_range(op, "length of a piece", length, 0, largest);
+}
+
+template <typename Kernels>
+std::tuple<Tensor, Tensor> column_members(const Tensor& index, int64_t d, std::vector<int64_t> lengths) {
+  constexpr auto op = "column_members";
+  check_index(op, "index", index, "index", index);
+  check_range(op, "d", d, 1, kMaxElements);
+  check_packing(op, lengths);
+  int64_t rows = 0;
+  for (const int64_t length : lengths) rows += length;
+  check_range(op, "sum(lengths)", rows, index.numel(), index.numel());
+  const Tensor columns = dense(index);
+  const Tensor order = torch::stable::new_empty(columns, {rows}), offsets = torch::stable::new_empty(columns, {d + 1});
+  Kernels(columns).column_members(op, const_data<int32_t>(columns), rows, d, lengths, data<int32_t>(order),
+                                  data<int32_t>(offsets));
+  return {order, offsets};
+}
+
+template <typename Kernels>
+Tensor project_segment_sum(std::vector<Tensor> grad_theta_D, const Tensor& scale, const Tensor& order,
+                           const Tensor& offsets, const std::optional<Tensor>& value) {
+  constexpr auto op = "project_segment_sum";
+  const Pieces grad = checked_pieces(op, grad_theta_D, scale);
+  check_packing(op, grad.lengths());
+  check_index(op, "order", order, "grad_theta_D", grad_theta_D[0]);
+  check_shape(op, "order", order, {grad.rows()});
+  check_index(op, "offsets", offsets, "grad_theta_D", grad_theta_D[0]);
+  check_shape(op, "offsets", offsets, {scale.numel() + 1});
+  check_value(op, value, scale, grad.rows());
+  const Tensor scales = dense(scale), members = dense(order), bounds = dense(offsets);
+  const Values values(value);
+  const Tensor out = torch::stable::new_empty(scales, {scales.numel()});
+  const Kernels kernels(scales);
+  dispatch_floating_pair(grad_theta_D[0].scalar_type(), scales.scalar_type(), [&](auto tag, auto acc) {
+    using T = typename decltype(tag)::type;
+    using Acc = typename decltype(acc)::type;
+    kernels.template segment_sum<T>(op, grad, values.data<Acc>(), const_data<Acc>(scales), scales.numel(),
+                                    const_data<int32_t>(members), const_data<int32_t>(bounds), data<Acc>(out));
+  });
+  return out;
+}
+
 template <typename Kernels>
 Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, const std::optional<Tensor>& value,
                ScalarType dtype) {
@@ -128,6 +228,8 @@ template <typename Kernels, typename Library>
 void register_projection(Library& m) {
   m.impl("fill_index", TORCH_BOX(&fill_index<Kernels>));
   m.impl("project", TORCH_BOX(&project<Kernels>));
+  m.impl("column_members", TORCH_BOX(&column_members<Kernels>));
+  m.impl("project_segment_sum", TORCH_BOX(&project_segment_sum<Kernels>));
 }
 
 }  // namespace unilora
