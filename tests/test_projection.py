@@ -412,10 +412,10 @@ def test_wrong_arguments_are_named(device):
             lambda: ops.project_segment_sum([theta_d], scale, index, index, None),
             r"offsets: expected shape \[6\], got \[5\]",
         ),
-        (lambda: ops.column_members(index, 5, [2, 2]), r"index: expected shape \[4\], got \[5\]"),
-        (lambda: ops.column_members(index, 5, [6, -1]), "lengths: expected a value in"),
-        (lambda: ops.column_members(index, 5, []), "number of lengths: expected a value in"),
-        (lambda: ops.column_members(index, 5, [5] + [0] * 1024), "number of lengths: expected a value in"),
+        (lambda: ops.column_members(index, 5, [2, 2]), r"sum\(lengths\): expected a value in \[5, 5\], got 4"),
+        (lambda: ops.column_members(index, 5, [6, -1]), "length of a piece: expected a value in"),
+        (lambda: ops.column_members(index, 5, []), "number of pieces: expected a value in"),
+        (lambda: ops.column_members(index, 5, [5] + [0] * 1024), "number of pieces: expected a value in"),
         (lambda: ops.column_members(index, 0, [5]), "d: expected a value in"),
     ]
     if device.type == "cpu":  # on CUDA, an index out of range stops the kernel, as in PyTorch's own
