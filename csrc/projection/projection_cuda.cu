@@ -28,7 +28,7 @@ class CudaProjection {
 
   void column_members(const char* /*op*/, const int32_t* index, int64_t n, int64_t d,
                       const std::vector<int64_t>& lengths, int32_t* order, int32_t* offsets) const {
-    const Tensor scratch = cuda.scratch(column_members_scratch(n, d), ScalarType::Byte);
+    const Tensor scratch = cuda.scratch(sorted_positions_scratch(n, d), ScalarType::Byte);
     launch_column_members(index, n, d, lengths, data<void>(scratch), order, offsets, cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -212,25 +212,24 @@ struct SortPlan {
   int64_t digits() const { return INT64_C(1) << digit_bits; }
 };
 
-// Bytes that launch_column_members wants as scratch.
-inline int64_t column_members_scratch(int64_t n, int64_t d) {
+// Bytes that launch_sorted_positions wants as scratch.
+inline int64_t sorted_positions_scratch(int64_t n, int64_t d) {
   const SortPlan plan(n, d);
   return static_cast<int64_t>(sizeof(int32_t)) * ((plan.passes > 1 ? n : 0) + plan.digits() * (plan.tiles + 1));
 }
 
-inline void launch_column_members(const int32_t* index,                 // [n], in [0, d)
-                                  int64_t n, int64_t d,                 //
-                                  const std::vector<int64_t>& lengths,  // of the pieces, n in all
-                                  void* scratch,                        // [column_members_scratch(n, d)] bytes
-                                  int32_t* order,                       // [n]
-                                  int32_t* offsets,                     // [d + 1]
-                                  cudaStream_t stream) {
+inline void launch_sorted_positions(const int32_t* index,  // [n], in [0, d)
+                                    int64_t n, int64_t d,  //
+                                    void* scratch,         // [sorted_positions_scratch(n, d)] bytes
+                                    int32_t* order,        // [n]
+                                    cudaStream_t stream) {
+  if (n == 0) return;
   const SortPlan plan(n, d);
   int32_t* const counts = static_cast<int32_t*>(scratch);
   int32_t* const totals = counts + plan.digits() * plan.tiles;
   int32_t* const other = totals + plan.digits();  // [n]; a single pass has none
   const int32_t* from = nullptr;
-  for (int p = 0; n > 0 && p < plan.passes; ++p) {
+  for (int p = 0; p < plan.passes; ++p) {
     const SortPass pass{
         index, from, n, static_cast<uint32_t>(d), p * plan.digit_bits, static_cast<int>(plan.digits()), plan.tiles};
     int32_t* const to = (plan.passes - p) % 2 == 1 ? order : other;  // the last is order
@@ -240,6 +239,16 @@ inline void launch_column_members(const int32_t* index,                 // [n], 
     place_positions_kernel<<<blocks, kSortBlock, 0, stream>>>(pass, counts, totals, to);
     from = to;
   }
+}
+
+inline void launch_column_members(const int32_t* index,                 // [n], in [0, d)
+                                  int64_t n, int64_t d,                 //
+                                  const std::vector<int64_t>& lengths,  // of the pieces, n in all
+                                  void* scratch,                        // [sorted_positions_scratch(n, d)] bytes
+                                  int32_t* order,                       // [n]
+                                  int32_t* offsets,                     // [d + 1]
+                                  cudaStream_t stream) {
+  launch_sorted_positions(index, n, d, scratch, order, stream);
   column_offsets_kernel<<<grid_size(d + 1, kProjectionBlock), kProjectionBlock, 0, stream>>>(index, order, n, d,
                                                                                              offsets);
   if (n == 0 || lengths.size() < 2) return;

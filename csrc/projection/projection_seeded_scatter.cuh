@@ -95,7 +95,7 @@ struct BalancedTerms {
 };
 
 template <bool kRanked, typename T, typename Acc, int kMost>
-__global__ void __launch_bounds__(kSumBlock, kSumBlocks)
+__global__ void __launch_bounds__(kSumBlock, (kSumBlocks<T, Acc>))
     balanced_scatter_kernel(const __grid_constant__ SegmentList<T, kMost> list, const BalancedMap map, uint32_t D,
                             const Acc* __restrict__ scale,  // [d]
                             uint32_t d,
@@ -143,7 +143,7 @@ void launch_balanced_scatter(const std::vector<Segment<T>>& segments,  //
       list.data[k] = segments[k].data;
       list.start[k] = static_cast<uint32_t>(segments[k].start);
     }
-    const unsigned blocks = kMost == 1 ? grid_size(d, columns) : resident_grid_size(d, columns, kSumBlocks);
+    const unsigned blocks = kMost == 1 ? grid_size(d, columns) : resident_grid_size(d, columns, kSumBlocks<T, Acc>);
     balanced_scatter_kernel<decltype(ranked)::value, T, Acc, kMost><<<blocks, kSumBlock, 0, stream>>>(
         list, map, static_cast<uint32_t>(D), scale, static_cast<uint32_t>(d), width, out);
   };

@@ -62,7 +62,7 @@ struct ListedTerms {
 };
 
 template <bool kWeighted, typename T, typename Acc, int kMost>
-__global__ void __launch_bounds__(kSumBlock, kSumBlocks)
+__global__ void __launch_bounds__(kSumBlock, (kSumBlocks<T, Acc>))
     segment_sum_kernel(const __grid_constant__ PieceList<T, kMost> list,
                        const Acc* __restrict__ value,  // [n] or null
                        int64_t n,
@@ -144,7 +144,7 @@ void launch_segment_sum(const std::vector<Piece<T>>& pieces,  // kMaxPieces at m
     const auto kernel =
         value == nullptr ? segment_sum_kernel<false, T, Acc, kMost> : segment_sum_kernel<true, T, Acc, kMost>;
     const unsigned blocks =
-        kMost == 1 ? grid_size(d, kSumBlock / width) : resident_grid_size(d, kSumBlock / width, kSumBlocks);
+        kMost == 1 ? grid_size(d, kSumBlock / width) : resident_grid_size(d, kSumBlock / width, kSumBlocks<T, Acc>);
     kernel<<<blocks, kSumBlock, 0, stream>>>(list, value, n, scale, d, order, offsets, width, out);
   };
   if (count <= 1) {

@@ -5,7 +5,11 @@
 
 namespace unilora {
 
-constexpr int kSumBlock = 512, kSumBlocks = 3;  // threads, and blocks of a multiprocessor: up to 40 registers
+constexpr int kSumBlock = 512;
+
+// Blocks of a multiprocessor: three leave 40 registers a thread, too few for float64.
+template <typename T, typename Acc>
+constexpr int kSumBlocks = sizeof(T) == 8 || sizeof(Acc) == 8 ? 2 : 3;
 
 // The sum of terms lane, lane + lanes, lane + 2 lanes, ... of `size`, by four sums in turn. Terms: place(k, inside),
 // where term k is, and term(place, inside), which is 0 where it is not inside. Four places first, then four terms, so
