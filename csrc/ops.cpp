@@ -19,8 +19,8 @@ STABLE_TORCH_LIBRARY(unilora, m) {
   // and offset in it (PiecePacking), for pieces of these lengths.
   m.def("column_members(Tensor index, int d, int[] lengths) -> (Tensor order, Tensor offsets)");
 
-  // The same with the index computed on the way (CPU), without values. `ranges`: (start, stop) pairs of the rows, of D,
-  // that theta_D holds, one after the other.
+  // The same with the index computed on the way, without values; on CUDA the transpose is of "balanced" alone.
+  // `ranges`: (start, stop) pairs of the rows, of D, that theta_D holds, one after the other.
   m.def(
       "project_seeded(Tensor theta_d, Tensor scale, str algorithm, int version, int D, int seed, int[] ranges, "
       "ScalarType dtype) -> Tensor");

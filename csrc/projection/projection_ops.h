@@ -5,6 +5,8 @@
 //   gather(op, theta_d, scale, d, index, value, out, n)      T: that of out, Acc: that of theta_d; value may be null
 //   column_members(op, index, n, d, lengths, order, offsets)
 //   segment_sum<T>(op, pieces, value, scale, d, order, offsets, out)      Acc: that of scale and out
+//   seeded_gather(op, theta_d, scale, d, map, ranges, out, n)             n rows in all ranges
+//   seeded_scatter<T>(op, pieces, scale, D, d, map, ranges, out)
 #pragma once
 
 #include <algorithm>
@@ -14,6 +16,7 @@
 
 #include "checks.h"
 #include "projection/projection.h"
+#include "projection/projection_pieces.h"
 
 namespace unilora {
 
@@ -124,7 +127,13 @@ class Pieces {
   const std::vector<int64_t>& lengths() const { return lengths_; }
   int64_t size() const { return static_cast<int64_t>(held_.size()); }
   int64_t start(int64_t piece) const { return ends_[piece] - lengths_[piece]; }
-  const Tensor& operator[](int64_t piece) const { return held_[piece]; }
+
+  template <typename T>
+  std::vector<Piece<T>> list() const {
+    std::vector<Piece<T>> pieces;
+    for (int64_t k = 0; k < size(); ++k) pieces.push_back({const_data<T>(held_[k]), lengths_[k]});
+    return pieces;
+  }
 
   // body(begin, end, values) for each stretch of rows [first, last) in one tensor, until one returns false.
   template <typename T, typename Body>
@@ -223,6 +232,65 @@ Tensor project(const Tensor& theta_d, const Tensor& scale, const Tensor& index, 
   return out;
 }
 
+// Checks the description of computed rows, then calls body(map, ranges, rows) with their number.
+template <typename Body>
+Tensor with_computed_rows(const char* op, const std::string& algorithm, int64_t version, int64_t D, int64_t d,
+                          int64_t seed, const std::vector<int64_t>& bounds, const Body& body) {
+  return with_index_map(op, algorithm, version, D, d, seed, [&](const auto& map) {
+    check_range(op, "len(ranges) % 2", static_cast<int64_t>(bounds.size()) % 2, 0, 0);
+    std::vector<RowRange> ranges;
+    int64_t rows = 0;
+    for (size_t k = 0; k + 1 < bounds.size(); k += 2) {
+      check_range(op, "stop of a range", bounds[k + 1], 0, D);
+      check_range(op, "start of a range", bounds[k], 0, bounds[k + 1]);
+      ranges.push_back({bounds[k], bounds[k + 1]});
+      rows += bounds[k + 1] - bounds[k];
+    }
+    return body(map, ranges, rows);
+  });
+}
+
+template <typename Kernels>
+Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string algorithm, int64_t version, int64_t D,
+                      int64_t seed, std::vector<int64_t> ranges, ScalarType dtype) {
+  constexpr auto op = "project_seeded";
+  check_theta_d(op, theta_d, scale, dtype);
+  const auto gather = [&](const auto& map, const std::vector<RowRange>& of_rows, int64_t rows) {
+    const Tensor theta = dense(theta_d), scales = dense(scale);
+    const Kernels kernels(theta);
+    const Tensor out = kernels.new_vector(rows, dtype);
+    dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
+      using T = typename decltype(tag)::type;
+      using Acc = typename decltype(acc)::type;
+      kernels.seeded_gather(op, const_data<Acc>(theta), const_data<Acc>(scales), theta.numel(), map, of_rows,
+                            data<T>(out), rows);
+    });
+    return out;
+  };
+  return with_computed_rows(op, algorithm, version, D, theta_d.numel(), seed, ranges, gather);
+}
+
+template <typename Kernels>
+Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, std::string algorithm,
+                              int64_t version, int64_t D, int64_t seed, std::vector<int64_t> ranges) {
+  constexpr auto op = "project_seeded_scatter";
+  const Pieces grad = checked_pieces(op, grad_theta_D, scale);
+  const auto scatter = [&](const auto& map, const std::vector<RowRange>& of_rows, int64_t rows) {
+    check_range(op, "len(grad_theta_D)", grad.rows(), rows, rows);
+    const Tensor scales = dense(scale);
+    const Tensor out = torch::stable::new_empty(scales, {scales.numel()});
+    const Kernels kernels(scales);
+    dispatch_floating_pair(grad_theta_D[0].scalar_type(), scales.scalar_type(), [&](auto tag, auto acc) {
+      using T = typename decltype(tag)::type;
+      using Acc = typename decltype(acc)::type;
+      kernels.template seeded_scatter<T>(op, grad, const_data<Acc>(scales), D, scales.numel(), map, of_rows,
+                                         data<Acc>(out));
+    });
+    return out;
+  };
+  return with_computed_rows(op, algorithm, version, D, scale.numel(), seed, ranges, scatter);
+}
+
 // What every device registers.
 template <typename Kernels, typename Library>
 void register_projection(Library& m) {
@@ -230,6 +298,8 @@ void register_projection(Library& m) {
   m.impl("project", TORCH_BOX(&project<Kernels>));
   m.impl("column_members", TORCH_BOX(&column_members<Kernels>));
   m.impl("project_segment_sum", TORCH_BOX(&project_segment_sum<Kernels>));
+  m.impl("project_seeded", TORCH_BOX(&project_seeded<Kernels>));
+  m.impl("project_seeded_scatter", TORCH_BOX(&project_seeded_scatter<Kernels>));
 }
 
 }  // namespace unilora
