@@ -16,12 +16,15 @@ constexpr int64_t kOuterBlocks = 264;  // wanted: two an SM of the largest GPUs
 // Columns of a block of the tensor-core kernel. Above 32 ranks h is the larger operand from L2, and two warps share it.
 constexpr int64_t outer_block_columns(int64_t r) { return r <= 32 ? kOuterColumns : 2 * kOuterColumns; }
 
+// Chunks of rows, none of them empty: `wanted` or fewer, of a multiple of kOuterStep rows, `least` or more.
+inline int64_t row_chunks(int64_t tokens, int64_t wanted, int64_t least) {
+  const int64_t even = ceil_div(ceil_div(tokens, wanted < 1 ? 1 : wanted), kOuterStep) * kOuterStep;
+  const int64_t rows = even < least ? least : even;
+  return tokens <= rows ? 1 : ceil_div(tokens, rows);
+}
 inline int64_t outer_chunks(int64_t tokens, int64_t columns, int64_t r) {
   const int64_t tiles = ceil_div(columns, outer_block_columns(r)) * ceil_div(r, 64);
-  const int64_t wanted = tiles == 0 ? 1 : kOuterBlocks / tiles;
-  const int64_t possible = ceil_div(tokens, kOuterStep * kOuterWarps);
-  const int64_t chunks = wanted < possible ? wanted : possible;
-  return chunks < 1 ? 1 : chunks;
+  return row_chunks(tokens, tiles == 0 ? 1 : kOuterBlocks / tiles, kOuterStep * kOuterWarps);
 }
 
 // Row length of partial sums: even, so that two neighbours can be stored at once.
@@ -49,9 +52,7 @@ struct Outer {
   T* out;        // [r, columns] or [columns, r]
   FactorLayout layout;
 
-  __host__ __device__ int64_t chunk_rows() const {
-    return ceil_div(ceil_div(tokens, chunks), int64_t(kOuterStep)) * kOuterStep;
-  }
+  __host__ __device__ int64_t chunk_rows() const { return ceil_div(ceil_div(tokens, chunks), kOuterStep) * kOuterStep; }
   __device__ int64_t chunk_begin(int64_t chunk) const {
     const int64_t begin = chunk * chunk_rows();
     return begin < tokens ? begin : tokens;
