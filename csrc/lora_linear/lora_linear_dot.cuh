@@ -100,7 +100,7 @@ struct DotPlain {
 // Determinism: Dot's.
 
 template <typename Dot>
-__global__ void __launch_bounds__(Dot::kThreads)
+__global__ void __launch_bounds__(Dot::kThreads, 512 / Dot::kThreads)
     dot_kernel(const typename Dot::T* __restrict__ x,  // [tokens, columns]
                int64_t tokens, int64_t columns,
                const typename Dot::T* __restrict__ factor,  // [r, columns] or [columns, r]
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(Dot::kThreads)
   }
 }
 
-// body(Dot) with tiles for `ranks`, kTall: of twice as many rows
+// body(Dot) with tiles for `ranks`, kTall: of twice as many rows where registers allow
 template <typename T, FactorLayout kLayout, bool kTall, typename Body>
 void with_dot(const T* x, int64_t columns, const T* factor, int64_t r, int64_t ranks, const Body& body) {
   const auto either = [&](auto wide, auto narrow) {
@@ -141,7 +141,8 @@ void with_dot(const T* x, int64_t columns, const T* factor, int64_t r, int64_t r
   } else {
     with_rank_tile(ranks, [&](auto rank_tile) {
       constexpr int kRanks = decltype(rank_tile)::value;
-      either(DotPlain<T, kLayout, 2 * kTiles, kRanks, true>{}, DotPlain<T, kLayout, 2, kRanks, false>{});
+      either(DotPlain<T, kLayout, sizeof(T) == 4 ? 2 * kTiles : 2, kRanks, true>{},
+             DotPlain<T, kLayout, 2, kRanks, false>{});
     });
   }
 }

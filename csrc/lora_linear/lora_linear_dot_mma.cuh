@@ -30,19 +30,20 @@ struct DotMma {
   static constexpr int kChunk = 32;
   static constexpr bool kRankMajor = kLayout == FactorLayout::kRankMajor;
 
-  // What a lane holds of a chunk
-  static constexpr int kPieces = kRankMajor ? kRankTiles : 8, kPieceWords = kRankMajor ? 4 : (kRankTiles + 1) / 2;
+  // What a lane holds of a chunk. Where sums, x and the whole factor are too much for 128 registers, the factor comes
+  // in two parts, each loaded ahead of its products only; otherwise as many chunks are under way as fit.
+  static constexpr int kSums = 4 * kRowTiles * kRankTiles, kParts = kSums < 64 && (kWide || kRankTiles < 8) ? 1 : 2,
+                       kPartTiles = kRankTiles / kParts;
+  static constexpr int kPieces = kRankMajor ? kPartTiles : 8, kPieceWords = kRankMajor ? 4 : (kPartTiles + 1) / 2;
   struct Stage {
     uint32_t x[2 * kRowTiles][4];
     uint32_t factor[kPieces][kPieceWords];
   };
-  // As many as keep sums, chunks and addresses in 128 registers.
-  static constexpr int kStageRegisters = 8 * kRowTiles + kPieces * kPieceWords, kSums = 4 * kRowTiles * kRankTiles;
-  static constexpr int kStagesThatFit = (96 - kSums) / kStageRegisters;
-  static constexpr int kStages = kStagesThatFit < 1 ? 1 : kStagesThatFit < 4 ? kStagesThatFit : 4;
+  static constexpr int kStagesThatFit = (96 - kSums) / (8 * kRowTiles + kPieces * kPieceWords);
+  static constexpr int kStages = !kWide ? 1 : kStagesThatFit < 4 ? kStagesThatFit : 4;
 
   // Eight numbers of a row, two a register; zero from `left` on.
-  static __device__ __forceinline__ void load_eight(uint32_t (&words)[4], const T* p, int64_t left) {
+  static __device__ __forceinline__ void load_eight(uint32_t (&words)[4], const T* p, int left) {
     if constexpr (kWide) {
       const uint4 all = left > 0 ? *reinterpret_cast<const uint4*>(p) : uint4{0, 0, 0, 0};
       words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
@@ -56,10 +57,10 @@ struct DotMma {
     }
   }
 
-  // kRankTiles neighbouring ranks of a column of a factor [columns, r]; zero from `left` on.
-  static __device__ __forceinline__ void load_ranks(uint32_t (&words)[kPieceWords], const T* p, int64_t left) {
+  // kPartTiles neighbouring ranks of a column of a factor [columns, r]; zero from `left` on.
+  static __device__ __forceinline__ void load_ranks(uint32_t (&words)[kPieceWords], const T* p, int left) {
     const auto* bits = reinterpret_cast<const uint16_t*>(p);
-    if constexpr (kRankTiles == 1) {
+    if constexpr (kPartTiles == 1) {
       words[0] = left > 0 ? bits[0] : 0;
     } else if constexpr (!kWide) {
 #pragma unroll
@@ -67,9 +68,9 @@ struct DotMma {
         const uint32_t low = 2 * k < left ? bits[2 * k] : 0, high = 2 * k + 1 < left ? bits[2 * k + 1] : 0;
         words[k] = low | high << 16;
       }
-    } else if constexpr (kRankTiles == 2) {
+    } else if constexpr (kPartTiles == 2) {
       words[0] = left > 0 ? *reinterpret_cast<const uint32_t*>(p) : 0;
-    } else if constexpr (kRankTiles == 4) {
+    } else if constexpr (kPartTiles == 4) {
       const uint2 all = left > 0 ? *reinterpret_cast<const uint2*>(p) : uint2{0, 0};
       words[0] = all.x, words[1] = all.y;
     } else {
@@ -78,15 +79,19 @@ struct DotMma {
     }
   }
 
-  // Register `part` of product j's b in `step`: columns 8 t + 4 step + 2 part and the next, of the lane's rank.
-  static __device__ __forceinline__ uint32_t fragment(const Stage& stage, int step, int part, int j) {
+  // Register `half` of product j's b in `step`: columns 8 t + 4 step + 2 half and the next, of the lane's rank.
+  static __device__ __forceinline__ uint32_t fragment(const Stage& stage, int step, int half, int j) {
     if constexpr (kRankMajor) {
-      return stage.factor[j][2 * step + part];
+      return stage.factor[j][2 * step + half];
     } else {
-      const int column = 4 * step + 2 * part;
+      const int column = 4 * step + 2 * half;
       const uint32_t first = stage.factor[column][j / 2], second = stage.factor[column + 1][j / 2];
       return j % 2 == 0 ? (first & 0xffffu) | second << 16 : first >> 16 | (second & 0xffff0000u);
     }
+  }
+
+  static __device__ __forceinline__ int at_most(int64_t a, int b) {
+    return a < b ? static_cast<int>(a < 0 ? 0 : a) : b;
   }
 
   // store(row, rank, out[row, rank]) for the tile's elements that exist, once each, by any thread. The whole block
@@ -97,45 +102,68 @@ struct DotMma {
                                              const T* __restrict__ factor,  // [r, columns] or [columns, r]
                                              int64_t r, int64_t row0, int64_t q0, const Store& store) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, t = lane % 4;
-    const int64_t rows_left = tokens - row0 - group, chunks = ceil_div(columns, kChunk);
-    const int64_t ranks_left = r - q0 - (kRankMajor ? group : kRankTiles * group);
+    const int chunks = static_cast<int>(ceil_div(columns, kChunk));  // a row has less than 2^31 of them, 128 GiB
+    const int rows_left = at_most(tokens - row0 - group, kRows),
+              ranks_left = at_most(r - q0 - (kRankMajor ? group : kRankTiles * group), kRanks);
     const T* lane_x = x + (row0 + group) * columns + 8 * t;
     const T* lane_factor = factor + (kRankMajor ? (q0 + group) * columns + 8 * t : q0 + kRankTiles * group + 8 * t * r);
 
-    const auto load = [&](Stage& stage, int64_t chunk) {
-      const int64_t c = chunk * kChunk, left = columns - c - 8 * t;  // columns from the lane's first on
+    // The compiler must not know the steps between loads and the bounds: it would keep an address and a predicate for
+    // each load of each stage.
+    const auto load_x = [&](Stage& stage, int chunk) {
+      const int64_t c = static_cast<int64_t>(chunk) * kChunk;
+      const int left = at_most(columns - c - 8 * t, 8);  // columns from the lane's first on
+      int rows = left > 0 ? rows_left : 0;
+      int64_t step = 8 * columns;
+      asm volatile("" : "+r"(rows), "+l"(step));
+      const T* p = lane_x + c;
 #pragma unroll
-      for (int k = 0; k < 2 * kRowTiles; ++k)
-        load_eight(stage.x[k], lane_x + 8 * k * columns + c, 8 * k < rows_left ? left : 0);
-      if constexpr (kRankMajor) {
+      for (int k = 0; k < 2 * kRowTiles; ++k, p += step) load_eight(stage.x[k], p, 8 * k < rows ? left : 0);
+    };
+    const auto load_part = [&](Stage& stage, int chunk, int part) {
+      const int64_t c = static_cast<int64_t>(chunk) * kChunk;
+      const int left = at_most(columns - c - 8 * t, 8);
+      int ranks = left > 0 ? ranks_left - part * kPartTiles * (kRankMajor ? 8 : 1) : 0;
+      int64_t step = kRankMajor ? 8 * columns : r;
+      asm volatile("" : "+r"(ranks), "+l"(step));
+      const T* p = lane_factor + (kRankMajor ? c + part * kPartTiles * step : c * r + part * kPartTiles);
 #pragma unroll
-        for (int j = 0; j < kRankTiles; ++j)
-          load_eight(stage.factor[j], lane_factor + 8 * j * columns + c, 8 * j < ranks_left ? left : 0);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) load_ranks(stage.factor[i], lane_factor + (c + i) * r, i < left ? ranks_left : 0);
+      for (int i = 0; i < kPieces; ++i, p += step) {
+        if constexpr (kRankMajor) {
+          load_eight(stage.factor[i], p, 8 * i < ranks ? left : 0);
+        } else {
+          load_ranks(stage.factor[i], p, i < left ? ranks : 0);
+        }
       }
+    };
+    const auto load = [&](Stage& stage, int chunk) {
+      load_x(stage, chunk);
+      if constexpr (kParts == 1) load_part(stage, chunk, 0);
     };
 
     float sum[kRowTiles][kRankTiles][4] = {};
     Stage stages[kStages];
 #pragma unroll
     for (int s = 0; s < kStages; ++s) load(stages[s], warp + s * kWarps);
-    for (int64_t first = warp; first < chunks; first += kStages * kWarps) {
+    for (int first = warp; first < chunks; first += kStages * kWarps) {
 #pragma unroll
       for (int s = 0; s < kStages; ++s) {
-        const int64_t chunk = first + s * kWarps;
+        const int chunk = first + s * kWarps;
         if (chunk >= chunks) break;
         Stage& stage = stages[s];
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
+        for (int part = 0; part < kParts; ++part) {
+          if constexpr (kParts > 1) load_part(stage, chunk, part);
 #pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            const auto &top = stage.x[2 * i], &bottom = stage.x[2 * i + 1];
-            const uint32_t a[4] = {top[2 * step], bottom[2 * step], top[2 * step + 1], bottom[2 * step + 1]};
+          for (int step = 0; step < 2; ++step) {
 #pragma unroll
-            for (int j = 0; j < kRankTiles; ++j)
-              mma<T>(sum[i][j], a, fragment(stage, step, 0, j), fragment(stage, step, 1, j));
+            for (int i = 0; i < kRowTiles; ++i) {
+              const auto &top = stage.x[2 * i], &bottom = stage.x[2 * i + 1];
+              const uint32_t a[4] = {top[2 * step], bottom[2 * step], top[2 * step + 1], bottom[2 * step + 1]};
+#pragma unroll
+              for (int j = 0; j < kPartTiles; ++j)
+                mma<T>(sum[i][part * kPartTiles + j], a, fragment(stage, step, 0, j), fragment(stage, step, 1, j));
+            }
           }
         }
         load(stage, chunk + kStages * kWarps);
