@@ -24,8 +24,8 @@ struct alignas(16) Numbers {
   T value[kCount];
 };
 
-// kWide: y is 16-byte aligned and its rows are multiples of 16 bytes. A lane's columns are neighbours; otherwise a warp
-// apart, so that narrow accesses are neighbours across lanes.
+// kWide: y and bias are 16-byte aligned and rows multiples of 16 bytes. A lane's columns are neighbours; otherwise a
+// warp apart, so that narrow accesses are neighbours across lanes.
 template <bool kWide, bool kOnto, typename T>
 __global__ void __launch_bounds__(kPlainUpdateBlock, 2)
     rank_update_kernel(T* __restrict__ y,  // [tokens, columns]
@@ -49,27 +49,26 @@ __global__ void __launch_bounds__(kPlainUpdateBlock, 2)
     const int64_t column = c0 + (kWide ? lane * kWidth : lane);
     T* own = y + (row0 + warp_row) * columns + column;
     const auto inside = [&](int i, int k) { return row0 + warp_row + i < tokens && column + k * kStride < columns; };
+    const auto load = [&](const T* from, int i) {
+      Vector out{};
+      if constexpr (kWide) {
+        if (inside(i, 0)) out = *reinterpret_cast<const Vector*>(from);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k)
+          if (inside(i, k)) out.value[k] = from[k * kStride];
+      }
+      return out;
+    };
 
-    Vector old[kRows];
+    Vector old[kRows], sum[kRows] = {};
     if constexpr (kOnto) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if constexpr (kWide) {
-          if (inside(i, 0)) old[i] = *reinterpret_cast<const Vector*>(own + i * columns);
-        } else {
+      for (int i = 0; i < kRows; ++i) old[i] = load(own + i * columns, i);
+    } else if (bias != nullptr) {
+      const Vector start = load(bias + column, 0);
 #pragma unroll
-          for (int k = 0; k < kWidth; ++k)
-            if (inside(i, k)) old[i].value[k] = own[i * columns + k * kStride];
-        }
-      }
-    }
-    T sum[kRows][kWidth];
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const bool biased = !kOnto && bias != nullptr && column + k * kStride < columns;
-      const T start = biased ? bias[column + k * kStride] : T(0);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) sum[i][k] = start;
+      for (int i = 0; i < kRows; ++i) sum[i] = start;
     }
 
     for (int64_t q0 = 0; q0 < r; q0 += kRanks) {
@@ -91,15 +90,17 @@ __global__ void __launch_bounds__(kPlainUpdateBlock, 2)
         for (int i = 0; i < kRows; ++i) {
           const T w = weight[q][warp_row + i];
 #pragma unroll
-          for (int k = 0; k < kWidth; ++k) sum[i][k] += w * p.value[k];
+          for (int k = 0; k < kWidth; ++k) sum[i].value[k] += w * p.value[k];
         }
       }
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      Vector result;
+      Vector result = sum[i];
+      if constexpr (kOnto) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) result.value[k] = kOnto ? old[i].value[k] + sum[i][k] : sum[i][k];
+        for (int k = 0; k < kWidth; ++k) result.value[k] = old[i].value[k] + sum[i].value[k];
+      }
       if constexpr (kWide) {
         if (inside(i, 0)) *reinterpret_cast<Vector*>(own + i * columns) = result;
       } else {
@@ -120,7 +121,7 @@ void launch_update_plain(T* y, int64_t tokens, int64_t columns, const T* bias, c
     rank_update_kernel<decltype(wide)::value, kOnto>
         <<<grid, kPlainUpdateBlock, 0, stream>>>(y, tokens, columns, bias, h, r, factor, layout, scaling);
   };
-  if (columns % kWidth == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0) {
+  if (columns % kWidth == 0 && (reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(bias)) % 16 == 0) {
     launch(std::true_type{});
   } else {
     launch(std::false_type{});

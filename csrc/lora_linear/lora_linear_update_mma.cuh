@@ -15,7 +15,7 @@ template <int kRanks, int kColumns, int kBlock, typename T, typename Store>
 __device__ __forceinline__ void stage_factor(const T* __restrict__ factor,  // [r, columns] or [columns, r]
                                              FactorLayout layout, int64_t r, int64_t columns, int64_t q0, int64_t c0,
                                              const Store& store) {
-  constexpr int kElements = kRanks * kColumns, kBatch = kElements / kBlock < 8 ? kElements / kBlock : 8;
+  constexpr int kElements = kRanks * kColumns, kBatch = kElements / kBlock < 4 ? kElements / kBlock : 4;
   static_assert(kElements % (kBatch * kBlock) == 0);
   const bool rank_major = layout == FactorLayout::kRankMajor;
   for (int first = threadIdx.x; first < kElements; first += kBatch * kBlock) {
@@ -53,36 +53,44 @@ constexpr int kUpdateBlock = 256;
 constexpr int kUpdateRows = 64;      // of a row tile
 constexpr int kUpdateColumns = 128;  // of a strip
 
-// Eight numbers of a row, two a register, that stand `kStride` apart from `first` on; zero from `left` on.
+// Eight numbers of a row, two a register.
+struct alignas(16) Eight {
+  uint32_t pair[4];
+};
+
+// They stand `kStride` apart from `first` on; none from `left` on.
 template <int kStride, typename T>
-__device__ __forceinline__ void load_eight(uint32_t (&words)[4], const T* first, int64_t left) {
+__device__ __forceinline__ Eight load_eight(const T* first, int64_t left) {
+  Eight out{};
   if constexpr (kStride == 1) {
-    const uint4 all = left > 0 ? *reinterpret_cast<const uint4*>(first) : uint4{0, 0, 0, 0};
-    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+    if (left > 0) out = *reinterpret_cast<const Eight*>(first);
   } else {
     const auto* bits = reinterpret_cast<const uint16_t*>(first);
-    uint32_t value[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) value[i] = i * kStride < left ? bits[i * kStride] : 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) words[j] = value[2 * j] | value[2 * j + 1] << 16;
+    for (int i = 0; i < 8; ++i)
+      if (i * kStride < left) out.pair[i / 2] |= static_cast<uint32_t>(bits[i * kStride]) << i % 2 * 16;
   }
+  return out;
 }
 
 template <int kStride, typename T>
-__device__ __forceinline__ void store_eight(T* first, int64_t left, const uint32_t (&words)[4]) {
+__device__ __forceinline__ void store_eight(T* first, int64_t left, const Eight& numbers) {
   if constexpr (kStride == 1) {
-    if (left > 0) *reinterpret_cast<uint4*>(first) = {words[0], words[1], words[2], words[3]};
+    // In PTX: nvcc splits an assignment here into four stores.
+    if (left > 0)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(first), "r"(numbers.pair[0]),
+                   "r"(numbers.pair[1]), "r"(numbers.pair[2]), "r"(numbers.pair[3])
+                   : "memory");
   } else {
     auto* bits = reinterpret_cast<uint16_t*>(first);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (i * kStride < left) bits[i * kStride] = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+      if (i * kStride < left) bits[i * kStride] = static_cast<uint16_t>(numbers.pair[i / 2] >> i % 2 * 16);
   }
 }
 
-// kWide: y is 16-byte aligned and columns a multiple of 8. A lane's eight columns are neighbours; otherwise every
-// eighth of the warp's 64, so that narrow accesses are neighbours across lanes.
+// kWide: y and bias are 16-byte aligned, columns a multiple of 8. A lane's eight columns are neighbours; otherwise
+// every eighth of the warp's 64, so that narrow accesses are neighbours across lanes.
 template <int kRanks, bool kWide, bool kOnto, typename T>
 __global__ void __launch_bounds__(kUpdateBlock, 2)
     rank_update_mma_kernel(T* __restrict__ y,  // [tokens, columns]
@@ -107,21 +115,22 @@ __global__ void __launch_bounds__(kUpdateBlock, 2)
     const int64_t c0 = run % strips * kUpdateColumns, first_tile = run / strips * run_tiles,
                   end_tile = first_tile + run_tiles < row_tiles ? first_tile + run_tiles : row_tiles;
     const int64_t column = c0 + warp_column + (kWide ? 8 * group : group), left = columns - column;
-    float start[8] = {};
+    float2 start[4] = {};
     if (!kOnto && bias != nullptr) {
+      const Eight numbers = load_eight<kStride>(bias + column, left);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) start[i] = i * kStride < left ? widen<float>(bias[column + i * kStride]) : 0;
+      for (int j = 0; j < 4; ++j) start[j] = unpack<T>(numbers.pair[j]);
     }
 
     // Row 2 t + e of the warp's n-tile p of 8 rows is the lane's row 2 p + e.
-    uint32_t old[4][4];
+    Eight old[4];
     const auto row_of = [&](int64_t tile, int i) { return tile * kUpdateRows + warp_row + i / 2 * 8 + 2 * t + i % 2; };
     const auto load_y = [&](int64_t tile) {
       if constexpr (kOnto) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int64_t row = row_of(tile, i);
-          load_eight<kStride>(old[i], y + row * columns + column, tile < end_tile && row < tokens ? left : 0);
+          old[i] = load_eight<kStride>(y + row * columns + column, tile < end_tile && row < tokens ? left : 0);
         }
       }
     };
@@ -135,7 +144,7 @@ __global__ void __launch_bounds__(kUpdateBlock, 2)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sum[p][j][e] = start[2 * j + e / 2];
+          for (int e = 0; e < 4; ++e) sum[p][j][e] = e < 2 ? start[j].x : start[j].y;
         }
       }
       for (int64_t q0 = 0; q0 < r; q0 += kRanks) {
@@ -199,17 +208,17 @@ __global__ void __launch_bounds__(kUpdateBlock, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t row = row_of(tile, i);
-        uint32_t words[4];
+        Eight result;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           float2 value{sum[i / 2][j][i % 2], sum[i / 2][j][2 + i % 2]};
           if constexpr (kOnto) {
-            const float2 before = unpack<T>(old[i][j]);
+            const float2 before = unpack<T>(old[i].pair[j]);
             value = {before.x + value.x, before.y + value.y};
           }
-          words[j] = pack<T>(value.x, value.y);
+          result.pair[j] = pack<T>(value.x, value.y);
         }
-        store_eight<kStride>(y + row * columns + column, row < tokens ? left : 0, words);
+        store_eight<kStride>(y + row * columns + column, row < tokens ? left : 0, result);
       }
       load_y(tile + 1);
     }
@@ -237,7 +246,7 @@ void launch_update_mma(T* y, int64_t tokens, int64_t columns, const T* bias, con
       launch(std::integral_constant<int, 64>{}, wide);
     }
   };
-  if (columns % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0) {
+  if (columns % 8 == 0 && (reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(bias)) % sizeof(Eight) == 0) {
     launch_ranks(std::true_type{});
   } else {
     launch_ranks(std::false_type{});
