@@ -178,6 +178,36 @@ def test_half_precision():
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_graph_projects_in_the_dtype_of_the_layers(autocast):
+    """One projection for each: two of the layers are in float64, or all in bfloat16 under autocast."""
+    model, x, dtypes = Tower(), tokens(), []
+    if not autocast:
+        model.blocks[0] = Float64(model.blocks[0].double())
+    ul.attach(model, CONFIG)
+
+    def backend(module, _):
+        for node in module.graph.nodes:
+            if node.target in (torch.ops.unilora.project, torch.ops.unilora.project.default):
+                dtypes.append(node.args[-1])
+        return module
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model(x)
+        got = torch.compile(model, fullgraph=True, backend=backend)(x)
+    torch.testing.assert_close(got, expected)
+    assert sorted(dtypes, key=str) == ([torch.bfloat16] if autocast else [torch.float32, torch.float64])
+
+
+class Float64(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x.double()).float()
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_an_adapted_and_of_a_merged_model(strict):
     model, x = Tower().eval(), tokens()

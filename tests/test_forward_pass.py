@@ -58,6 +58,47 @@ def test_activation_checkpointing(mode, dtype):
     torch.testing.assert_close(gradient(model, again.square().sum()), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
+def test_one_projection_a_recomputation(projections, mode):
+    """All layers that a backward pass computes anew share one, which is dropped when the pass ends; the next pass sees
+    what was written to theta_d."""
+    model, x = Tower().double(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    model.checkpointing = mode
+    for _ in range(2):
+        expected = gradient_without_checkpointing(model, x)
+        del projections[:]
+        assert model(x).square().sum().backward() is None
+        assert projections == [adapter.projection.D] * 2 and adapter.vector._anew is None
+        torch.testing.assert_close(adapter.theta_d.grad, expected, rtol=1e-12, atol=1e-12)
+        adapter.theta_d.data.add_(torch.randn_like(adapter.theta_d))
+
+
+def gradient_without_checkpointing(model, x):
+    mode, model.checkpointing = model.checkpointing, None
+    value = gradient(model, model(x).square().sum())
+    model.checkpointing, ul.get_adapter(model).theta_d.grad = mode, None
+    return value
+
+
+def test_a_write_inside_a_backward_pass_is_seen_by_later_recomputations():
+    model, x = Tower().double(), tokens()
+    adapter = ul.attach(model, CONFIG)
+    model.checkpointing = "non-reentrant"
+    y, seen, vector = model(x), [], adapter.vector
+
+    def write(grad):
+        seen.append(vector._recomputation())
+        with torch.no_grad():
+            adapter.theta_d.add_(1)
+        seen.append(vector._recomputation())
+
+    y.register_hook(write)
+    y.sum().backward()
+    before, after = seen
+    assert before is not None and after is not None and before is not after and vector._recomputation() is None
+
+
 def test_gradient_accumulation_and_evaluation_in_between():
     model, first, second = Tower().double(), tokens(), tokens()
     adapter = ul.attach(model, CONFIG)

@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unilora_ext as ul
+from unilora_ext.projections.base import kept
 
 KINDS = {
     "uniform": lambda: ul.UniformProjection(300, 17, seed=3),
@@ -43,6 +44,16 @@ MODES = {
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def test_nothing_is_kept_while_a_cuda_graph_is_captured(monkeypatch):
+    """What would be made then lies in the graph's memory: an error that says what to do."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    made = []
+    with pytest.raises(ul.UniLoRAError, match="Run forward and backward once before the capture"):
+        kept(torch.device("cuda"), lambda: made.append(1))
+    assert not made
+    assert kept(torch.device("cpu"), lambda: 3) == 3
 
 
 def adapted(materialize=None):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import Variable, forward_ad
 
 from unilora_ext.errors import UniLoRAError
-from unilora_ext.functional import accumulator_dtype, graph_is_traced
+from unilora_ext.functional import accumulator_dtype, autocast_dtype, graph_is_traced
 from unilora_ext.layout import Layout, Order, Range, Reduction, Slot, joined
 from unilora_ext.projections import Projection, Restriction
 from unilora_ext.projections.base import faking
@@ -27,8 +27,9 @@ _MODULE_CALL = nn.Module._call_impl.__code__
 
 _NONE: dict[int, Update] = {}
 
-_Kind = tuple[torch.device, torch.dtype, bool]
-"""Of updates: device, dtype, and whether they have gradients. A forward may ask for both (reentrant checkpointing)."""
+_Kind = tuple[torch.device, torch.dtype, int, bool]
+"""Of updates: device, dtype, the stream that makes them and alone may read them without waiting, and whether they have
+gradients. A forward may ask for both (reentrant checkpointing)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class SharedVector(nn.Module):
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         if graph_is_traced():
-            self._traced = self._trace_all() if self.enabled and self._together else None
+            self._traced = self._trace_all(model) if self.enabled and self._together else None
             return
         if faking():
             return  # fakes are not kept: each layer projects its own rows
@@ -177,18 +178,21 @@ class SharedVector(nn.Module):
             return self._traced_update(slot_id, device, dtype)
         if (asked := self.asked) is not None:
             asked.add(slot_id)
-        step, kind = self._step, (device, dtype, torch.is_grad_enabled())
-        if step is not None and self._is_running():
+        step = self._step
+        if step is None or not self._is_running():
+            if graph_is_traced():
+                return self._traced_update(slot_id, device, dtype)
+            step = self._recomputation()
+        if step is not None:
+            kind = device, dtype, _stream(device), torch.is_grad_enabled()
             found = step.made.get(kind, _NONE).get(slot_id)
             if found is not None or (found := self._project_together(step, slot_id, kind)) is not None:
                 return found
-        if graph_is_traced():
-            return self._traced_update(slot_id, device, dtype)
         return self.fresh_update(slot_id, device, dtype, self.slots[slot_id])
 
     def _project_together(self, step: _Step, slot_id: int, kind: _Kind) -> Update | None:
         """The update of a layer, made with those of all layers of its place; None: it was not there before."""
-        device, dtype, with_gradients = kind
+        device, dtype, _, with_gradients = kind
         place = device, self.slots[slot_id].reduction
         group = None if (groups := self._groups) is None else groups.get(place)
         if group is None or slot_id not in group.slots:
@@ -221,18 +225,22 @@ class SharedVector(nn.Module):
         """:meth:`update` in a graph that torch.compile or torch.export traces. Where the graph is that of the whole
         model, :meth:`begin` has projected for all; nothing is changed here, which checkpointed parts may not do."""
         slot = self.slots[slot_id]
-        if self._traced is not None and device == self.theta_d.device:
-            matrices = self._traced[slot.reduction][slot_id]
-            return slot.update([matrix.to(dtype) for matrix in matrices], self.scaling)
+        if self._traced is not None and slot_id in self._traced and device == self.theta_d.device:
+            # In another dtype than the layer was expected to ask for: rounded from that of the sums, the same numbers.
+            return slot.update([matrix.to(dtype) for matrix in self._traced[slot_id]], self.scaling)
         return self.fresh_update(slot_id, device, dtype, slot)
 
-    def _trace_all(self) -> dict[Reduction | None, dict[int, Sequence[Tensor]]]:
-        """All matrices in the dtype of the sums; rounded to another later, they are what the operator gives."""
-        together: dict[Reduction | None, dict[int, Slot]] = {}
-        for slot_id, slot in enumerate(self.slots):
-            together.setdefault(slot.reduction, {})[slot_id] = slot
-        dtype = accumulator_dtype(self.theta_d.dtype)
-        return {r: self._trace_matrices(slots, r, self.theta_d.device, dtype) for r, slots in together.items()}
+    def _trace_all(self, model: nn.Module) -> dict[int, Sequence[Tensor]]:
+        """The matrices of all layers in `model`, in the dtype in which each computes, by slot."""
+        together: dict[tuple[Reduction | None, torch.dtype], dict[int, Slot]] = {}
+        for slot_id, device, dtype in self._layers(model):
+            slot = self.slots[slot_id]
+            together.setdefault((slot.reduction, autocast_dtype(device, dtype)), {})[slot_id] = slot
+        matrices: dict[int, Sequence[Tensor]] = {}
+        for (reduction, dtype), slots in together.items():
+            in_order = {slot_id: slots[slot_id] for slot_id in sorted(slots)}
+            matrices |= self._trace_matrices(in_order, reduction, self.theta_d.device, dtype)
+        return matrices
 
     def _trace_matrices(
         self, slots: dict[int, Slot], reduction: Reduction | None, device: torch.device, dtype: torch.dtype
@@ -251,6 +259,21 @@ class SharedVector(nn.Module):
     def _by_slot(self, slots: dict[int, Slot], matrices: Sequence[Tensor]) -> dict[int, Update]:
         parts = _split_by_slot(slots, matrices)
         return {i: slot.update(parts[i], self.scaling) for i, slot in slots.items()}
+
+    def _recomputation(self) -> _Step | None:
+        """The step of the layers that a backward pass computes anew (activation checkpointing): one projection for all
+        of them, while theta_d and the trained parts are not written. None: no backward pass is running."""
+        task = torch._C._current_graph_task_id()
+        if task < 0:
+            return None
+        state = task, *((id(tensor), tensor._version) for tensor in self._values())
+        if self._anew is None or self._anew[0] != state:
+            self._anew = state, _Step()
+            Variable._execution_engine.queue_callback(self._end_recomputation)
+        return self._anew[1]
+
+    def _end_recomputation(self) -> None:
+        self._anew = None
 
     def _is_running(self) -> bool:
         """Whether the forward that :meth:`begin` began is still running, in this thread."""
@@ -272,7 +295,7 @@ class SharedVector(nn.Module):
 
     def _group_by_place(self, model: nn.Module) -> dict[tuple[torch.device, Reduction | None], _Group]:
         members: dict[tuple[torch.device, Reduction | None], set[int]] = {}
-        for slot_id, device in self._devices(model):
+        for slot_id, device, _ in self._layers(model):
             members.setdefault((device, self.slots[slot_id].reduction), set()).add(slot_id)
         groups = {}
         for (device, reduction), slot_ids in members.items():
@@ -280,22 +303,25 @@ class SharedVector(nn.Module):
             groups[device, reduction] = _Group(slots, self.projection.restrict(device, _ranges_of(slots)), reduction)
         return groups
 
-    def _devices(self, model: nn.Module) -> Iterator[tuple[int, torch.device]]:
-        """(slot, device) of this vector's layers in `model`."""
+    def _layers(self, model: nn.Module) -> list[tuple[int, torch.device, torch.dtype]]:
+        """(slot, device, dtype) of this vector's layers in `model`."""
+        layers = []
         for module in model.modules():
             state = module.__dict__.get("_unilora")
             if state is not None and state.vector is self:
-                yield state.slot_id, module.update_like()[0]
+                layers.append((state.slot_id, *module.update_like()))
+        return layers
 
     # -- what must not outlive a move or a copy -----------------------------------------------------------------------
 
     def _forget(self) -> None:
         self._step: _Step | None = None  # while the model's forward runs
         self._call: FrameType | None = None  # of the model, meanwhile
+        self._anew: tuple[tuple[Any, ...], _Step] | None = None  # while a backward pass runs
         self._kept: _Step | None = None  # between two
         self._groups: dict[tuple[torch.device, Reduction | None], _Group] | None = None
         # While the model's forward is traced:
-        self._traced: dict[Reduction | None, dict[int, Sequence[Tensor]]] | None = None
+        self._traced: dict[int, Sequence[Tensor]] | None = None
 
     def _apply(self, fn, recurse: bool = True):
         def moved(tensor: Tensor) -> Tensor:
@@ -316,7 +342,7 @@ class SharedVector(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = dict.fromkeys(("_step", "_call", "_kept", "_groups", "_traced"))
+        passing = dict.fromkeys(("_step", "_call", "_anew", "_kept", "_groups", "_traced"))
         return {**self.__dict__, **passing}
 
     def extra_repr(self) -> str:
@@ -336,6 +362,10 @@ def _kept(make: Callable[[], _Made]) -> _Made:
 def _moved(tensor: Tensor, device: torch.device, reduction: Reduction | None) -> Tensor:
     tensor = tensor.to(device)
     return tensor if reduction is None else reduction(tensor)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

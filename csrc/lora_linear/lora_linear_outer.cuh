@@ -1,89 +1,98 @@
 // out = s h^T g (contract: lora_linear.h; conventions: lora_linear_kernels.cuh). No torch.
+//
+// out[q, c] = s sum_i h[i, q] g[i, c]
+//
+// Work: the rows are cut into chunks. A block owns a chunk, a tile of columns and a tile of ranks; its warps share the
+// chunk's rows, keep their sums in registers and add them through shared memory. A second kernel adds the chunks; with
+// one chunk there is none. Two kernels for the chunks: plain products for float and double, tensor cores for the
+// 16-bit types.
+// Bytes: g once, tokens columns sizeof(T) (rank tiles after the first find it in L2), h, tokens r sizeof(Acc), out, and
+// partial sums, 2 chunks r columns sizeof(Acc), which stay in L2: of 4096 x 4096 16-bit numbers and r = 16, 4 chunks,
+// 3 % of g written and read.
+// Determinism: the number of chunks follows from the sizes alone. In a chunk a warp adds its rows in ascending order,
+// then the warps are added in ascending order, then the chunks.
 #pragma once
 
-#include "lora_linear/lora_linear_factor.cuh"
+#include "lora_linear/lora_linear_outer_mma.cuh"
+#include "lora_linear/lora_linear_outer_sums.cuh"
 
 namespace unilora {
 
-// ---- outer ------------------------------------------------------------------------------------------------
-// out[q, c] = s sum_i h[i, q] g[i, c]
-//
-// Work: the rows are cut into chunks. A block owns a chunk, a rank tile and 256 columns, one a thread, and walks
-// its rows with the sums in registers; h goes through shared memory. A second kernel adds the chunks.
-// Bytes: g once, tokens columns sizeof(T) (for r > 16 the other rank tiles read it from L2), out, r columns sizeof(T),
-// and partial sums, 2 chunks r columns sizeof(Acc); from L2, h, tokens r sizeof(Acc), for each column tile.
-// Determinism: the number of chunks follows from the sizes alone (about kOuterBlocks blocks); rows are added in
-// ascending order within a chunk, then the chunks in ascending order.
+// ---- float and double ---------------------------------------------------------------------------------------
+// A thread owns 16 bytes of a row, the threads of a row 64 columns, and the rows of a batch go round the groups of
+// threads, `kBatch` each: so many loads in flight before the first product. h goes through shared memory.
 
-constexpr int kOuterColumns = 256;
-constexpr int kOuterRows = 32;  // rows of h in shared memory at a time
-constexpr int64_t kOuterBlocks = 512;
-
-inline int64_t outer_chunks(int64_t tokens, int64_t columns, int64_t r) {
-  const int64_t tiles = ceil_div(columns, kOuterColumns) * ceil_div(r, 16);
-  const int64_t wanted = tiles < kOuterBlocks ? kOuterBlocks / (tiles > 0 ? tiles : 1) : 1;
-  const int64_t possible = ceil_div(tokens, kOuterRows);
-  return possible < 1 ? 1 : (wanted < possible ? wanted : possible);
-}
-
-// Elements of Acc that launch_outer wants as scratch.
-inline int64_t outer_scratch(int64_t tokens, int64_t columns, int64_t r) {
-  return outer_chunks(tokens, columns, r) * r * columns;
-}
-
-template <int kRanks, typename T, typename Acc>
-__global__ void __launch_bounds__(kOuterColumns)
-    outer_chunk_kernel(const T* __restrict__ g,  // [tokens, columns]
-                       int64_t tokens, int64_t columns,
-                       const Acc* __restrict__ h,  // [tokens, r]
-                       int64_t r, int64_t chunks,
-                       Acc* __restrict__ partial) {  // [chunks, r, columns]
-  __shared__ __align__(16) Acc weight[kOuterRows][kRanks];
-  const int64_t rank_tiles = ceil_div(r, kRanks), column_tiles = ceil_div(columns, kOuterColumns);
-  const int64_t tiles = chunks * column_tiles * rank_tiles, chunk_rows = ceil_div(tokens, chunks);
+template <int kRanks, bool kWide, typename T>
+__global__ void __launch_bounds__(kOuterBlock, 2) outer_plain_kernel(Outer<T, T> p) {
+  constexpr int kNumbers = 16 / sizeof(T), kGroups = kOuterBlock * kNumbers / kOuterColumns;
+  constexpr int kBatch = kWide || sizeof(T) == 8 ? 4 : 2;  // what 128 registers hold
+  constexpr int kRows = kBatch * kGroups, kShown = 4;
+  __shared__ __align__(16) T weight[kRows][kRanks];
+  __shared__ __align__(16) T part[kGroups][kShown][kOuterColumns + kNumbers];
+  const int group = threadIdx.x * kNumbers / kOuterColumns, within = threadIdx.x * kNumbers % kOuterColumns;
+  const int64_t rank_tiles = ceil_div(p.r, kRanks), column_tiles = ceil_div(p.columns, kOuterColumns);
+  const int64_t tiles = p.chunks * column_tiles * rank_tiles;
 
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t q0 = tile % rank_tiles * kRanks, chunk = tile / rank_tiles / column_tiles;
-    const int64_t column = tile / rank_tiles % column_tiles * kOuterColumns + threadIdx.x;
-    const int64_t end = (chunk + 1) * chunk_rows < tokens ? (chunk + 1) * chunk_rows : tokens;
-    Acc sum[kRanks] = {};
-    for (int64_t row0 = chunk * chunk_rows; row0 < end; row0 += kOuterRows) {
-      __syncthreads();
-      for (int e = threadIdx.x; e < kOuterRows * kRanks; e += kOuterColumns) {
-        const int64_t row = row0 + e / kRanks, rank = q0 + e % kRanks;
-        weight[e / kRanks][e % kRanks] = row < end && rank < r ? h[row * r + rank] : Acc(0);
+    const int64_t q0 = tile % rank_tiles * kRanks, c0 = tile / rank_tiles % column_tiles * kOuterColumns;
+    const int64_t chunk = tile / rank_tiles / column_tiles, begin = p.chunk_begin(chunk);
+    const int columns = left(p.columns, c0 + within, kNumbers), ranks = left(p.r, q0, kRanks);
+    const T* g = p.g + (begin + group) * p.columns + c0 + within;
+    const T* h = p.h + begin * p.r + q0;
+    T sum[kRanks][kNumbers] = {};
+    for (int rows = static_cast<int>(p.chunk_begin(chunk + 1) - begin); rows > 0; rows -= kRows) {
+      alignas(16) T value[kBatch][kNumbers] = {};
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const bool has_row = b * kGroups + group < rows;
+        const T* from = g + b * kGroups * p.columns;
+        if constexpr (kWide) {
+          if (has_row && columns > 0) reinterpret_cast<uint4&>(value[b]) = *reinterpret_cast<const uint4*>(from);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kNumbers; ++k) value[b][k] = has_row && k < columns ? from[k] : T(0);
+        }
       }
       __syncthreads();
-      if (column >= columns) continue;
-#pragma unroll 4
-      for (int i = 0; i < kOuterRows; ++i) {
-        if (row0 + i >= end) break;
-        const Acc value = widen<Acc>(g[(row0 + i) * columns + column]);
 #pragma unroll
-        for (int q = 0; q < kRanks; ++q) sum[q] += weight[i][q] * value;
+      for (int e = threadIdx.x; e < kRows * kRanks; e += kOuterBlock) {
+        const int row = e / kRanks, q = e % kRanks;
+        weight[row][q] = row < rows && q < ranks ? h[row * p.r + q] : T(0);
+      }
+      __syncthreads();
+      g += kRows * p.columns;
+      h += kRows * p.r;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+        for (int q = 0; q < kRanks; ++q) {
+          const T w = weight[b * kGroups + group][q];
+#pragma unroll
+          for (int k = 0; k < kNumbers; ++k) sum[q][k] += w * value[b][k];
+        }
       }
     }
-    if (column >= columns) continue;
 #pragma unroll
-    for (int q = 0; q < kRanks; ++q) {
-      if (q0 + q < r) partial[(chunk * r + q0 + q) * columns + column] = sum[q];
+    for (int shown = 0; shown < kRanks; shown += kShown) {
+      if (q0 + shown >= p.r) break;
+      __syncthreads();
+#pragma unroll
+      for (int q = 0; q < kShown; ++q) {
+#pragma unroll
+        for (int k = 0; k < kNumbers; ++k) part[group][q][within + k] = sum[shown + q][k];
+      }
+      __syncthreads();
+      store_sums<kShown, kOuterColumns>(p, chunk, p.chunks == 1, q0 + shown, c0, [&](int q, int c) {
+        T total = 0;
+#pragma unroll
+        for (int k = 0; k < kGroups; ++k) total += part[k][q][c];
+        return total;
+      });
     }
   }
 }
 
-template <typename T, typename Acc>
-__global__ void __launch_bounds__(kOuterColumns)
-    outer_finish_kernel(const Acc* __restrict__ partial,  // [chunks, r, columns]
-                        int64_t chunks, int64_t columns, int64_t r, Acc scaling,
-                        T* __restrict__ out,  // [r, columns] or [columns, r]
-                        FactorLayout layout) {
-  const bool rank_major = layout == FactorLayout::kRankMajor;
-  for (int64_t e = grid_begin(); e < r * columns; e += grid_step()) {
-    Acc sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * r * columns + e];
-    out[rank_major ? e : e % columns * r + e / columns] = narrow<T>(scaling * sum);
-  }
-}
+// ---- launch -------------------------------------------------------------------------------------------------
 
 template <typename T, typename Acc>
 void launch_outer(const T* g,  // [tokens, columns]
@@ -94,15 +103,29 @@ void launch_outer(const T* g,  // [tokens, columns]
                   T* out,        // [r, columns] or [columns, r]
                   FactorLayout layout, cudaStream_t stream) {
   if (columns == 0) return;
-  const int64_t chunks = outer_chunks(tokens, columns, r);
-  with_rank_tile(r, [&](auto rank_tile) {
-    constexpr int kRanks = decltype(rank_tile)::value;
-    const int64_t tiles = chunks * ceil_div(columns, kOuterColumns) * ceil_div(r, kRanks);
-    outer_chunk_kernel<kRanks>
-        <<<grid_size(tiles, 1), kOuterColumns, 0, stream>>>(g, tokens, columns, h, r, chunks, partial);
-  });
-  outer_finish_kernel<<<grid_size(r * columns, kOuterColumns), kOuterColumns, 0, stream>>>(
-      partial, chunks, columns, r, static_cast<Acc>(scaling), out, layout);
+  const Outer<T, Acc> p = {
+      g, h, tokens, columns, r, outer_chunks(tokens, columns, r), static_cast<Acc>(scaling), partial, out, layout};
+  const bool wide = reinterpret_cast<uintptr_t>(g) % 16 == 0 && columns * sizeof(T) % 16 == 0;
+  // Wide loads or not, rows and warps are paired alike: the bits of a result do not depend on the pointer.
+  const auto launch = [&](auto* kernel, int64_t ranks, int64_t tile_columns) {
+    const int64_t tiles = p.chunks * ceil_div(columns, tile_columns) * ceil_div(r, ranks);
+    kernel<<<grid_size(tiles, 1), kOuterBlock, 0, stream>>>(p);
+  };
+  if constexpr (std::is_same_v<T, Acc>) {
+    if (r <= 4) {
+      launch(wide ? outer_plain_kernel<4, true, T> : outer_plain_kernel<4, false, T>, 4, kOuterColumns);
+    } else {
+      launch(wide ? outer_plain_kernel<16, true, T> : outer_plain_kernel<16, false, T>, 16, kOuterColumns);
+    }
+  } else if (r <= 16) {
+    launch(wide ? outer_mma_kernel<1, 1, 1, true, T> : outer_mma_kernel<1, 1, 1, false, T>, 16, kOuterColumns);
+  } else if (r <= 32) {
+    launch(wide ? outer_mma_kernel<2, 1, 1, true, T> : outer_mma_kernel<2, 1, 1, false, T>, 32, kOuterColumns);
+  } else {
+    wide ? launch(outer_mma_kernel<2, 2, 2, true, T>, 64, 2 * kOuterColumns)
+         : launch(outer_mma_kernel<2, 2, 1, false, T>, 32, 2 * kOuterColumns);
+  }
+  if (p.chunks > 1) outer_finish_kernel<<<grid_size(finish_tiles(columns, r), 1), kOuterBlock, 0, stream>>>(p);
 }
 
 }  // namespace unilora

@@ -155,13 +155,14 @@ struct Sum {
 };
 
 // |got - factor * sum|: each of the terms, and the few products around them, rounds once in Acc, the result
-// once in T.
+// once in T. `relative`: error of each term before it is added.
 template <typename T, typename Acc>
-bool close(T got, const Sum& sum, double factor, Values values) {
+bool close(T got, const Sum& sum, double factor, Values values, double relative = 0) {
   const double wanted = factor * sum.value;
   if (values == Values::kInteger) return exact(got) == exact(rounded<T>(wanted));
-  const double bound = static_cast<double>(sum.terms + 4) * Type<Acc>::unit * std::fabs(factor) * sum.magnitude +
-                       1.01 * Type<T>::unit * std::fabs(wanted) + Type<T>::tiny;
+  const double units = static_cast<double>(sum.terms + 4) * Type<Acc>::unit + relative;
+  const double bound =
+      units * std::fabs(factor) * sum.magnitude + 1.01 * Type<T>::unit * std::fabs(wanted) + Type<T>::tiny;
   return std::fabs(exact(got) - wanted) <= bound;  // false for NaN
 }
 

@@ -17,7 +17,7 @@ from unilora_ext.errors import UniLoRAError, shown
 from unilora_ext.layout import Layout, Order, Range
 from unilora_ext.projections.restriction import Restriction, cut, widened
 
-__all__ = ["Given", "Option", "Projection", "Weights", "expect_tensors", "faking", "ordinary"]
+__all__ = ["Given", "Option", "Projection", "Weights", "expect_tensors", "faking", "kept", "ordinary"]
 
 Weights = Callable[[int], Tensor]
 """The base weight W [m, n] of a module of the layout, by its number: a plain floating tensor with values."""
@@ -204,13 +204,15 @@ class Projection(ABC):
     def restrict(self, device: torch.device | str, ranges: Sequence[Range] | None = None) -> Restriction:
         """The rows of `ranges`, one after the other, on `device`; None: all rows (made once a device and kept)."""
         device, whole = torch.device(device), [(0, self.D)]
-        kept = (ranges is None or list(ranges) == whole) and not faking()
-        if kept and (found := self._restrictions.get(device)) is not None:
-            return found
-        restriction = ordinary(lambda: self._restrict(device, whole if ranges is None else ranges))
-        if kept:
-            self._restrictions[device] = restriction
-        return restriction
+        if faking() or not (ranges is None or list(ranges) == whole):
+            return ordinary(lambda: self._restrict(device, whole if ranges is None else ranges))
+        if (found := self._restrictions.get(device)) is None:
+            found = self._restrictions[device] = kept(device, lambda: self._restrict(device, whole))
+        return found
+
+    def keeps_rows(self, restriction: Restriction) -> bool:
+        """Whether these are the rows that :meth:`restrict` keeps."""
+        return self._restrictions.get(restriction.device) is restriction
 
     def matrices_in_graph(
         self,
@@ -309,6 +311,24 @@ def ordinary(make: Callable[[], _Made]) -> _Made:
     """What `make` makes, as ordinary tensors, which may be kept: in inference mode, too."""
     with torch.inference_mode(False):
         return make()
+
+
+def kept(device: torch.device, make: Callable[[], _Made]) -> _Made:
+    """What `make` makes on `device`, :func:`ordinary` and finished, so that any stream may use it from here on.
+
+    Raises:
+        UniLoRAError: a CUDA graph is being captured, whose memory is not there to keep.
+    """
+    if device.type != "cuda":
+        return ordinary(make)
+    if torch.cuda.is_current_stream_capturing():
+        raise UniLoRAError(
+            "a CUDA graph is captured before the projection was used on this device: what it keeps there would be made "
+            "in the graph's memory. Run forward and backward once before the capture, as a warm-up"
+        )
+    made = ordinary(make)
+    torch.cuda.current_stream(device).synchronize()
+    return made
 
 
 @torch.compiler.assume_constant_result

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from unilora_ext.functional import without_autocast
 from unilora_ext.layout import Range
-from unilora_ext.projections.base import Projection, faking, ordinary
+from unilora_ext.projections.base import Projection, faking, kept, ordinary
 from unilora_ext.projections.restriction import Gradients, Restriction
 
 __all__ = ["BlockProjection"]
@@ -82,7 +82,7 @@ class BlockProjection(Projection):
         if not self.keeps:
             return self.block_operands(block, device, dtype)
         if (key := (block, device, dtype)) not in self._kept:
-            self._kept[key] = ordinary(lambda: self.block_operands(block, device, dtype))
+            self._kept[key] = kept(device, lambda: self.block_operands(block, device, dtype))
         return self._kept[key]
 
     @classmethod
@@ -105,9 +105,9 @@ class BlockProjection(Projection):
         return torch.cat([rows[start:stop] for start, stop in spans])
 
     def _restrict(self, device: torch.device, ranges: Sequence[Range]) -> Restriction:
-        return _Blocks(self, device, self._spans(ranges), sum(stop - start for start, stop in ranges))
+        return _Blocks(self, device, ranges)
 
-    def _spans(self, ranges: Sequence[Range]) -> list[tuple[int, tuple[Range, ...]]]:
+    def spans(self, ranges: Sequence[Range]) -> list[tuple[int, tuple[Range, ...]]]:
         """(block, rows of it) that make up `ranges`, in their order."""
         spans: list[tuple[int, tuple[Range, ...]]] = []
         for start, stop in ranges:
@@ -128,17 +128,11 @@ class BlockProjection(Projection):
 class _Blocks(Restriction):
     """Rows that are taken from some blocks."""
 
-    def __init__(
-        self,
-        projection: BlockProjection,
-        device: torch.device,
-        spans: Sequence[tuple[int, tuple[Range, ...]]],
-        length: int,
-    ) -> None:
-        self.projection, self.device, self.spans, self._len = projection, device, spans, length
+    projection: BlockProjection
 
-    def __len__(self) -> int:
-        return self._len
+    def __init__(self, projection: BlockProjection, device: torch.device, ranges: Sequence[Range]) -> None:
+        super().__init__(projection, device, ranges)
+        self.spans = projection.spans(ranges)
 
     @property
     def nbytes(self) -> int:

@@ -54,19 +54,13 @@ class IdentityProjection(Projection):
         return torch.cat([theta_d[start:stop].to(dtype) for start, stop in operands])
 
     def _restrict(self, device: torch.device, ranges: Sequence[Range]) -> Restriction:
-        return _Slices(self.d, device, tuple(ranges))
+        return _Slices(self, device, ranges)
 
 
 class _Slices(Restriction):
     """Rows that are elements of theta_d."""
 
     nbytes = 0
-
-    def __init__(self, d: int, device: torch.device, ranges: tuple[Range, ...]) -> None:
-        self.d, self.device, self.ranges = d, device, ranges
-
-    def __len__(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
 
     def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
         return self.ranges
@@ -76,9 +70,10 @@ class _Slices(Restriction):
 
     def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
         g_D = torch.cat([piece.reshape(-1) for piece in pieces]).to(dtype)
-        if self.ranges == ((0, self.d),):
+        d = self.projection.d
+        if self.ranges == ((0, d),):
             return (g_D,)
-        g_d = g_D.new_zeros(self.d)
+        g_d = g_D.new_zeros(d)
         for (start, stop), part in zip(self.ranges, g_D.split([b - a for a, b in self.ranges]), strict=True):
             g_d[start:stop] += part
         return (g_d,)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from unilora_ext import nvtx
 from unilora_ext._operators import accumulator_dtype
+from unilora_ext.layout import Range, joined
 
 __all__ = ["Gradients", "Restriction", "cut", "widened"]
 
@@ -19,14 +21,37 @@ Gradients = tuple[Tensor | None, ...]
 """Of theta_d, then of the projection's trained parts."""
 
 
+class _Restrictable(Protocol):
+    def restrict(self, device: torch.device, ranges: Sequence[Range]) -> Restriction: ...
+
+
 class Restriction(ABC):
-    """Rows of c + P theta_d on one device, made for many uses: what it keeps are ordinary tensors."""
+    """Rows of c + P theta_d on one device, made for many uses: what it keeps are ordinary tensors.
 
-    device: torch.device
+    Args:
+        projection: P.
+        device: where the rows are.
+        ranges: of P's rows, one after the other.
+    """
 
-    @abstractmethod
+    def __init__(self, projection: _Restrictable, device: torch.device, ranges: Sequence[Range]) -> None:
+        self.projection, self.device, self.ranges = projection, device, tuple(ranges)
+        self._len = sum(stop - start for start, stop in ranges)
+
     def __len__(self) -> int:
         """Number of rows."""
+        return self._len
+
+    def part(self, rows: Sequence[Range]) -> Restriction:
+        """Those of these rows that `rows` counts, in ascending order."""
+        starts = accumulate((stop - start for start, stop in self.ranges), initial=0)
+        inside = [
+            (start + max(first - before, 0), min(start + last - before, stop))
+            for before, (start, stop) in zip(starts, self.ranges, strict=False)
+            for first, last in rows
+            if first < before + stop - start and last > before
+        ]
+        return self.projection.restrict(self.device, joined(inside))
 
     @property
     @abstractmethod
@@ -95,6 +120,8 @@ class ProjectFunction(torch.autograd.Function):
         if trained and any(ctx.needs_input_grad):  # P itself is differentiated, at these values
             ctx.at = theta_d, *trained
             ctx.versions = tuple(tensor._version for tensor in ctx.at)
+        ctx.set_materialize_grads(False)
+        ctx.shapes = shapes
         with nvtx.span("unilora::project"):
             return cut(restriction.forward(theta_d, trained, dtype), shapes)
 
@@ -105,8 +132,27 @@ class ProjectFunction(torch.autograd.Function):
                 "unilora: theta_d or a trained part of the projection was changed in place between the forward and "
                 "its backward"
             )
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        restriction, pieces = _with_gradients(ctx.restriction, ctx.shapes, grads)
         with nvtx.span("unilora::project_backward"):
-            return None, None, None, *ctx.restriction.transpose(grads, ctx.dtype, ctx.at)
+            return None, None, None, *restriction.transpose(pieces, ctx.dtype, ctx.at)
+
+
+def _with_gradients(
+    restriction: Restriction, shapes: Sequence[tuple[int, ...]], grads: Sequence[Tensor | None]
+) -> tuple[Restriction, list[Tensor]]:
+    """Rows that hold all matrices with a gradient, and the gradients: all rows, with zeros for the others, or less than
+    half of them (a few layers were used, or computed anew by activation checkpointing)."""
+    present = [grad for grad in grads if grad is not None]
+    if len(present) == len(grads):
+        return restriction, present
+    if 2 * sum(grad.numel() for grad in present) >= len(restriction):
+        zeros = present[0].new_zeros
+        return restriction, [zeros(s) if grad is None else grad for s, grad in zip(shapes, grads, strict=True)]
+    stops = accumulate(math.prod(shape) for shape in shapes)
+    rows = [(stop - grad.numel(), stop) for stop, grad in zip(stops, grads, strict=True) if grad is not None]
+    return restriction.part(joined(rows)), present
 
 
 def cut(theta_D: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
