@@ -16,6 +16,9 @@ void add_product(const Tensor& y, const Tensor& x, const Tensor& factor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), y.get(), x.get(), factor.get(), 1.0, 1.0));
 }
 
+template <typename Acc>
+constexpr ScalarType kScratch = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
+
 struct CudaLoraLinear {
   CudaLaunch cuda;
 
@@ -81,8 +84,7 @@ struct CudaLoraLinear {
   template <typename T, typename Acc>
   void outer(const T* g, int64_t tokens, int64_t columns, const Acc* h, int64_t r, double scaling, T* out,
              FactorLayout layout) const {
-    constexpr ScalarType dtype = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
-    const Tensor partial = cuda.scratch(outer_scratch(tokens, columns, r), dtype);
+    const Tensor partial = cuda.scratch(outer_scratch(tokens, columns, r), kScratch<Acc>);
     launch_outer(cuda_pointer(g), tokens, columns, h, r, scaling, data<Acc>(partial), cuda_pointer(out), layout,
                  cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -91,8 +93,10 @@ struct CudaLoraLinear {
   template <typename T, typename Acc>
   void dot_and_outer(const T* g, int64_t tokens, int64_t columns, const T* factor, FactorLayout layout, const Acc* h,
                      int64_t r, double scaling, Acc* u, T* out) const {
-    dot(g, tokens, columns, factor, layout, r, u);
-    outer(g, tokens, columns, h, r, scaling, out, layout);
+    const Tensor partial = cuda.scratch(dot_and_outer_scratch(tokens, columns, r), kScratch<Acc>);
+    launch_dot_and_outer(cuda_pointer(g), tokens, columns, cuda_pointer(factor), layout, h, r, scaling,
+                         data<Acc>(partial), u, cuda_pointer(out), cuda.stream());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 

@@ -11,5 +11,6 @@
 #pragma once
 
 #include "lora_linear/lora_linear_dot.cuh"
+#include "lora_linear/lora_linear_dot_outer.cuh"
 #include "lora_linear/lora_linear_outer.cuh"
 #include "lora_linear/lora_linear_update.cuh"

@@ -18,12 +18,6 @@ constexpr int kPlainUpdateBlock = 256;
 constexpr int kPlainUpdateRows = 32;
 constexpr int kPlainUpdateRanks = 16;
 
-template <typename T>
-struct alignas(16) Numbers {
-  static constexpr int kCount = 16 / sizeof(T);
-  T value[kCount];
-};
-
 // kWide: y and bias are 16-byte aligned and rows multiples of 16 bytes. A lane's columns are neighbours; otherwise a
 // warp apart, so that narrow accesses are neighbours across lanes.
 template <bool kWide, bool kOnto, typename T>
@@ -73,9 +67,9 @@ __global__ void __launch_bounds__(kPlainUpdateBlock, 2)
 
     for (int64_t q0 = 0; q0 < r; q0 += kRanks) {
       __syncthreads();
-      stage_factor<kRanks, kColumns, kPlainUpdateBlock>(factor, layout, r, columns, q0, c0, [&](int q, int c, T value) {
-        factor_tile[q][kWide ? c : c % kWarp * kWidth + c / kWarp] = value;
-      });
+      stage_factor<kRanks, kColumns, kPlainUpdateBlock, 4>(
+          factor, layout, r, columns, q0, c0,
+          [&](int q, int c, T value) { factor_tile[q][kWide ? c : c % kWarp * kWidth + c / kWarp] = value; });
 #pragma unroll
       for (int e = threadIdx.x; e < kPlainUpdateRows * kRanks; e += kPlainUpdateBlock) {
         const int64_t row = row0 + e / kRanks, rank = q0 + e % kRanks;

@@ -3,42 +3,13 @@
 #pragma once
 
 #include "cuda/mma.cuh"
-#include "lora_linear/lora_linear.h"
+#include "lora_linear/lora_linear_factor.cuh"
 
 namespace unilora {
 
-// ---- the factor in shared memory --------------------------------------------------------------------------------
-// store(q, c, factor[q0 + q, c0 + c]) for kRanks ranks and kColumns columns, zero beyond the factor. The whole block of
-// kBlock threads calls it; threads follow the storage order, so that reads are coalesced in both layouts and from any
-// element on, and issue a batch of loads before they store it.
-template <int kRanks, int kColumns, int kBlock, typename T, typename Store>
-__device__ __forceinline__ void stage_factor(const T* __restrict__ factor,  // [r, columns] or [columns, r]
-                                             FactorLayout layout, int64_t r, int64_t columns, int64_t q0, int64_t c0,
-                                             const Store& store) {
-  constexpr int kElements = kRanks * kColumns, kBatch = kElements / kBlock < 4 ? kElements / kBlock : 4;
-  static_assert(kElements % (kBatch * kBlock) == 0);
-  const bool rank_major = layout == FactorLayout::kRankMajor;
-  for (int first = threadIdx.x; first < kElements; first += kBatch * kBlock) {
-    T value[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int e = first + i * kBlock;
-      const int64_t rank = q0 + (rank_major ? e / kColumns : e % kRanks);
-      const int64_t column = c0 + (rank_major ? e % kColumns : e / kRanks);
-      value[i] =
-          rank < r && column < columns ? factor[rank_major ? rank * columns + column : column * r + rank] : T(0.0f);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int e = first + i * kBlock;
-      store(rank_major ? e / kColumns : e % kRanks, rank_major ? e % kColumns : e / kRanks, value[i]);
-    }
-  }
-}
-
-// ---- the kernel ---------------------------------------------------------------------------------------------------
-// kOnto:  y[i, c] += s sum_q h[i, q] factor[q, c]
-// else:   y[i, c]  = bias[c] + s sum_q h[i, q] factor[q, c]
+// ---- rank_update, 16 bits
+// --------------------------------------------------------------------------------------------------- kOnto:  y[i, c]
+// += s sum_q h[i, q] factor[q, c] else:   y[i, c]  = bias[c] + s sum_q h[i, q] factor[q, c]
 //
 // Work: the product is formed transposed, columns times ranks by ranks times rows, so that a lane's sums are eight
 // neighbouring columns of four rows, 16 bytes each, and eight lanes write 128 bytes of a row. A warp owns 16 rows and
@@ -151,7 +122,7 @@ __global__ void __launch_bounds__(kUpdateBlock, 2)
         if (tile == first_tile || r > kRanks) {
           __syncthreads();
           bool found = false;
-          stage_factor<kRanks, kUpdateColumns, kUpdateBlock>(
+          stage_factor<kRanks, kUpdateColumns, kUpdateBlock, 4>(
               factor, layout, r, columns, q0, c0, [&](int q, int c, T value) {
                 const int slot = kWide ? c : c / 64 * 64 + c % 8 * 8 + c % 64 / 8;
                 factor_tile[q / 8 * 8 + q % 8 / 2 + q % 2 * 4][slot] = value;
