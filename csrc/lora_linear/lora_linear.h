@@ -12,6 +12,7 @@
 // columns, once:
 //   dot              out[i, q]  = sum_c x[i, c] factor[q, c]
 //   rank_update      y[i, c]   += s sum_q h[i, q] factor[q, c]
+//   rank_product     y[i, c]    = b[c] + s sum_q h[i, q] factor[q, c]      (CUDA; y is written only)
 //   outer            out[q, c]  = s sum_i h[i, q] g[i, c]
 //   dot_and_outer    u and out of these two, from one read of g
 // The factor is A as it is stored, or B, which is stored transposed.

@@ -40,6 +40,21 @@ int64_t row_chunks(int64_t tokens, int64_t r) {
 struct CpuLoraLinear {
   explicit CpuLoraLinear(const Tensor&) {}
 
+  template <typename T>
+  Tensor linear_with_update(const LoraForward& f, const Tensor& weight, const std::optional<Tensor>& bias) const {
+    return linear_then_update<T>(*this, f, weight, bias);
+  }
+
+  template <typename T>
+  void add_update(const LoraForward& f, const Tensor& y) const {
+    dot_then_update<T>(*this, f, y);
+  }
+
+  template <typename T>
+  Tensor grad_x(const LoraBackward& b) const {
+    return matmul_then_update<T>(*this, b);
+  }
+
   template <typename T, typename Acc>
   void dot(const T* x, int64_t tokens, int64_t columns, const T* factor, FactorLayout layout, int64_t r,
            Acc* out) const {

@@ -26,12 +26,12 @@ struct alignas(16) Numbers {
 
 // store(q, c, factor[q0 + q, c0 + c]) for kRanks ranks and kColumns columns, zero beyond the factor. The whole block of
 // kBlock threads calls it; threads follow the storage order, so that reads are coalesced in both layouts and from any
-// element on, and issue a batch of loads before they store it.
-template <int kRanks, int kColumns, int kBlock, typename T, typename Store>
+// element on, and issue up to kInFlight loads before they store.
+template <int kRanks, int kColumns, int kBlock, int kInFlight = 8, typename T, typename Store>
 __device__ __forceinline__ void stage_factor(const T* __restrict__ factor,  // [r, columns] or [columns, r]
                                              FactorLayout layout, int64_t r, int64_t columns, int64_t q0, int64_t c0,
                                              const Store& store) {
-  constexpr int kElements = kRanks * kColumns, kBatch = kElements / kBlock < 8 ? kElements / kBlock : 8;
+  constexpr int kElements = kRanks * kColumns, kBatch = kElements / kBlock < kInFlight ? kElements / kBlock : kInFlight;
   static_assert(kElements % (kBatch * kBlock) == 0);
   const bool rank_major = layout == FactorLayout::kRankMajor;
   for (int first = threadIdx.x; first < kElements; first += kBatch * kBlock) {
@@ -49,22 +49,6 @@ __device__ __forceinline__ void stage_factor(const T* __restrict__ factor,  // [
       const int e = first + i * kBlock;
       store(rank_major ? e / kColumns : e % kRanks, rank_major ? e % kColumns : e / kRanks, value[i]);
     }
-  }
-}
-
-// tile[q][c] = scaling * factor[q0 + q, c0 + c], zero beyond the factor. The whole block calls it; threads follow its
-// storage order, so that reads are coalesced in both layouts. kPitch >= kTileColumns: row length of the tile.
-template <int kRanks, int kTileColumns, int kPitch, typename T, typename Acc>
-__device__ __forceinline__ void load_factor(const T* __restrict__ factor,  // [r, columns] or [columns, r]
-                                            FactorLayout layout, int64_t r, int64_t columns, int64_t q0, int64_t c0,
-                                            Acc scaling, Acc (&tile)[kRanks][kPitch]) {
-  const bool rank_major = layout == FactorLayout::kRankMajor;
-  for (int e = threadIdx.x; e < kRanks * kTileColumns; e += blockDim.x) {
-    const int q = rank_major ? e / kTileColumns : e % kRanks, c = rank_major ? e % kTileColumns : e / kRanks;
-    const int64_t rank = q0 + q, column = c0 + c;
-    const bool inside = rank < r && column < columns;
-    tile[q][c] =
-        inside ? scaling * widen<Acc>(factor[rank_major ? rank * columns + column : column * r + rank]) : Acc(0);
   }
 }
 

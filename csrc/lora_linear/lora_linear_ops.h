@@ -5,6 +5,10 @@
 //   rank_update(y, tokens, columns, h, r, factor, layout, s)
 //   outer(g, tokens, columns, h, r, s, out, layout)
 //   dot_and_outer(g, tokens, columns, factor, layout, h, r, s, u, out)
+// and what a device may order in its own way (linear_then_update and matmul_then_update are for one that does not):
+//   linear_with_update<T>(forward, weight, bias)   h, and y = x W^T + b + s h B^T
+//   add_update<T>(forward, y)                      h, and y += s h B^T
+//   grad_x<T>(backward)                            dx = dy W + s u A; without W, s u A
 #pragma once
 
 #include <array>
@@ -92,6 +96,76 @@ inline std::vector<int64_t> beside(std::vector<int64_t> leading, int64_t last) {
   return leading;
 }
 
+// What a forward works on: checked, dense.
+struct LoraForward {
+  const char* op;
+  LoraLinearSizes sizes;
+  Tensor x;     // [..., n]
+  Tensor A, B;  // [r, n], [m, r]
+  double scaling;
+  Tensor h;  // [..., r], to be written
+};
+
+// What dx is made of: checked, dense.
+struct LoraBackward {
+  const char* op;
+  LoraLinearSizes sizes;
+  Tensor dy;  // [tokens, m]
+  std::optional<Tensor> weight;
+  Tensor A;  // [r, n]
+  double scaling;
+  Tensor u;  // [tokens, r]
+};
+
+template <typename T, typename Kernels>
+void dot_x(const Kernels& kernels, const LoraForward& f) {
+  kernels.dot(const_data<T>(f.x), f.sizes.tokens, f.sizes.n, const_data<T>(f.A), FactorLayout::kRankMajor, f.sizes.r,
+              data<accumulator<T>>(f.h));
+}
+
+template <typename T, typename Kernels>
+void update_y(const Kernels& kernels, const LoraForward& f, const Tensor& y) {
+  kernels.rank_update(data<T>(y), f.sizes.tokens, f.sizes.m, const_data<accumulator<T>>(f.h), f.sizes.r,
+                      const_data<T>(f.B), FactorLayout::kRankMinor, f.scaling);
+}
+
+inline Tensor linear_product(const LoraForward& f, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor y = call_linear(f.x, weight, bias);
+  check_product(f.op, "aten::linear", y, f.x.scalar_type(), f.sizes.tokens, f.sizes.m);
+  return y;
+}
+
+template <typename T, typename Kernels>
+void dot_then_update(const Kernels& kernels, const LoraForward& f, const Tensor& y) {
+  dot_x<T>(kernels, f);
+  update_y<T>(kernels, f, y);
+}
+
+// Around the dense product: it finds x in the cache, and the update finds y there.
+template <typename T, typename Kernels>
+Tensor linear_then_update(const Kernels& kernels, const LoraForward& f, const Tensor& weight,
+                          const std::optional<Tensor>& bias) {
+  dot_x<T>(kernels, f);
+  const Tensor y = linear_product(f, weight, bias);
+  update_y<T>(kernels, f, y);
+  return y;
+}
+
+template <typename T, typename Kernels>
+Tensor matmul_then_update(const Kernels& kernels, const LoraBackward& b) {
+  const auto& [tokens, n, m, r, leading] = b.sizes;
+  Tensor dx;
+  if (b.weight.has_value()) {
+    dx = torch::stable::matmul(b.dy, *b.weight);
+    check_product(b.op, "aten::matmul", dx, b.dy.scalar_type(), tokens, n);
+  } else {
+    dx = torch::stable::new_zeros(b.dy, {tokens, n});
+  }
+  kernels.rank_update(data<T>(dx), tokens, n, const_data<accumulator<T>>(b.u), r, const_data<T>(b.A),
+                      FactorLayout::kRankMajor, b.scaling);
+  return dx;
+}
+
 template <typename Kernels>
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                        const Tensor& A, const Tensor& B, double scaling) {
@@ -103,23 +177,18 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     check_same_device(op, "bias", *bias, "x", x);
     check_memory(op, "bias", *bias);
   }
-  const Tensor rows = dense(x);
-  const Tensor dense_A = dense(A), dense_B = dense(B);
-  const Tensor h = torch::stable::new_empty(rows, beside(s.leading, s.r), accumulator_dtype(x.scalar_type()));
-  Tensor y;
-  Kernels kernels(rows);
-  dispatch_floating(x.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using Acc = accumulator<T>;
-    // Around the dense product: it finds x in the cache, and the update finds y there.
-    kernels.dot(const_data<T>(rows), s.tokens, s.n, const_data<T>(dense_A), FactorLayout::kRankMajor, s.r,
-                data<Acc>(h));
-    y = call_linear(rows, weight, bias);
-    check_product(op, "aten::linear", y, rows.scalar_type(), s.tokens, s.m);
-    kernels.rank_update(data<T>(y), s.tokens, s.m, const_data<Acc>(h), s.r, const_data<T>(dense_B),
-                        FactorLayout::kRankMinor, scaling);
+  const LoraForward f{op,
+                      s,
+                      dense(x),
+                      dense(A),
+                      dense(B),
+                      scaling,
+                      torch::stable::new_empty(x, beside(s.leading, s.r), accumulator_dtype(x.scalar_type()))};
+  const Kernels kernels(f.x);
+  const Tensor y = dispatch_floating(x.scalar_type(), [&](auto tag) {
+    return kernels.template linear_with_update<typename decltype(tag)::type>(f, weight, bias);
   });
-  return {y, h};
+  return {y, f.h};
 }
 
 template <typename Kernels>
@@ -128,19 +197,17 @@ Tensor lora_update_in_place(const char* op, const Tensor& y, const Tensor& x, co
   const LoraLinearSizes s = check_lora_linear(op, x, std::nullopt, A, B);
   check_beside_x(op, "y", y, x, s);
   if (!y.is_contiguous()) fail(op, "y: expected a contiguous tensor");
-  const Tensor rows = rows_of(x, s.tokens, s.n);
-  const Tensor dense_A = dense(A), dense_B = dense(B);
-  const Tensor h = torch::stable::new_empty(rows, {s.tokens, s.r}, accumulator_dtype(x.scalar_type()));
-  Kernels kernels(rows);
-  dispatch_floating(x.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using Acc = accumulator<T>;
-    kernels.dot(const_data<T>(rows), s.tokens, s.n, const_data<T>(dense_A), FactorLayout::kRankMajor, s.r,
-                data<Acc>(h));
-    kernels.rank_update(data<T>(y), s.tokens, s.m, const_data<Acc>(h), s.r, const_data<T>(dense_B),
-                        FactorLayout::kRankMinor, scaling);
-  });
-  return with_leading(h, s.leading, s.r);
+  const LoraForward f{op,
+                      s,
+                      rows_of(x, s.tokens, s.n),
+                      dense(A),
+                      dense(B),
+                      scaling,
+                      torch::stable::new_empty(x, {s.tokens, s.r}, accumulator_dtype(x.scalar_type()))};
+  const Kernels kernels(f.x);
+  dispatch_floating(x.scalar_type(),
+                    [&](auto tag) { kernels.template add_update<typename decltype(tag)::type>(f, y); });
+  return with_leading(f.h, s.leading, s.r);
 }
 
 template <typename Kernels>
@@ -179,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
       torch::stable::new_empty(dense_A, need_grad_A ? std::vector<int64_t>{s.r, s.n} : std::vector<int64_t>{0});
   const Tensor grad_B =
       torch::stable::new_empty(dense_B, need_grad_B ? std::vector<int64_t>{s.m, s.r} : std::vector<int64_t>{0});
-  Kernels kernels(dy);
+  const Kernels kernels(dy);
   dispatch_floating(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulator<T>;
@@ -195,17 +262,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad_y, co
     } else if (need_grad_B) {
       kernels.outer(g, s.tokens, s.m, const_data<Acc>(hidden), s.r, scaling, data<T>(grad_B), FactorLayout::kRankMinor);
     }
-    if (!need_grad_x) {
-      grad_x = torch::stable::new_empty(dy, {0});
-    } else if (weight.has_value()) {
-      grad_x = torch::stable::matmul(dy, *weight);
-      check_product(op, "aten::matmul", grad_x, dy.scalar_type(), s.tokens, s.n);
+    if (need_grad_x) {
+      grad_x = kernels.template grad_x<T>(LoraBackward{op, s, dy, weight, dense_A, scaling, u});
     } else {
-      grad_x = torch::stable::new_zeros(dy, {s.tokens, s.n});
+      grad_x = torch::stable::new_empty(dy, {0});
     }
-    if (need_grad_x)
-      kernels.rank_update(data<T>(grad_x), s.tokens, s.n, const_data<Acc>(u), s.r, const_data<T>(dense_A),
-                          FactorLayout::kRankMajor, scaling);
     if (need_grad_A) {
       const Tensor rows = rows_of(x, s.tokens, s.n);
       kernels.outer(const_data<T>(rows), s.tokens, s.n, const_data<Acc>(u), s.r, scaling, data<T>(grad_A),
