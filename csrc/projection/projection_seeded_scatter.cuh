@@ -68,16 +68,15 @@ struct SegmentTable {
   }
 };
 
-// The terms of column j (projection_sum.cuh). kRanked: map.ranked().
+// The terms of column j (projection_sum.cuh): a place is a position. kRanked: map.ranked().
 template <bool kRanked, typename T, typename Acc, int kMost>
 struct BalancedTerms {
   const BalancedMap& map;
   const SegmentTable<T, kMost>& segments;
   uint32_t j, d, D;
 
-  // Computed where it is not inside too: a select costs less than a branch.
-  __device__ __forceinline__ uint32_t place(int k, bool inside) const {
-    const uint32_t element = inside ? j + static_cast<uint32_t>(k) * d : 0;
+  __device__ __forceinline__ uint32_t place(int k) const {
+    const uint32_t element = j + static_cast<uint32_t>(k) * d;
     return kRanked ? map.position(element) : map.step_back(element);
   }
   __device__ __forceinline__ void settle(uint32_t (&place)[4]) const {
@@ -87,10 +86,9 @@ struct BalancedTerms {
     }
   }
   __device__ __forceinline__ Acc term(uint32_t position, bool inside) const {
-    if (!inside) return 0;
     const int k = segments.find(position);
     const T* const data = segments.data[k];
-    return data == nullptr ? Acc(0) : widen<Acc>(__ldg(data + (position - segments.start[k])));
+    return inside && data != nullptr ? widen<Acc>(__ldg(data + (position - segments.start[k]))) : Acc(0);
   }
 };
 

@@ -31,20 +31,16 @@ struct PieceList {
   uint32_t start[kMost];  // first position, for the values
 };
 
-// The terms of one column: place(k, inside) is the entry of member k, term() its product. Those that are not inside,
-// and beyond the column's end, are 0.
+// The terms of one column (projection_sum.cuh): a place is an entry of `order`.
 template <bool kWeighted, typename T, typename Acc, int kMost>
 struct ListedTerms {
   const PieceList<T, kMost>& pieces;  // in shared memory
   const Acc* __restrict__ value;
   const int32_t* __restrict__ order;  // from the column's first member
 
-  __device__ __forceinline__ uint32_t place(int k, bool inside) const {
-    return inside ? static_cast<uint32_t>(order[k]) : 0;
-  }
+  __device__ __forceinline__ uint32_t place(int k) const { return static_cast<uint32_t>(order[k]); }
   __device__ __forceinline__ void settle(uint32_t (&)[4]) const {}
   __device__ __forceinline__ Acc term(uint32_t entry, bool inside) const {
-    if (!inside) return 0;
     uint32_t offset = entry, position = entry;
     const T* grad = pieces.data[0];
     if constexpr (kMost > 1) {
@@ -54,9 +50,9 @@ struct ListedTerms {
       if constexpr (kWeighted) position = pieces.start[piece] + offset;
     }
     if constexpr (kWeighted) {
-      return value[position] * widen<Acc>(__ldg(grad + offset));
+      return inside ? value[position] * widen<Acc>(__ldg(grad + offset)) : Acc(0);
     } else {
-      return widen<Acc>(__ldg(grad + offset));
+      return inside ? widen<Acc>(__ldg(grad + offset)) : Acc(0);
     }
   }
 };

@@ -11,9 +11,10 @@ constexpr int kSumBlock = 512;
 template <typename T, typename Acc>
 constexpr int kSumBlocks = sizeof(T) == 8 || sizeof(Acc) == 8 ? 2 : 3;
 
-// The sum of terms lane, lane + lanes, lane + 2 lanes, ... of `size`, by four sums in turn. Terms: place(k, inside),
-// where term k is, and term(place, inside), which is 0 where it is not inside. Four places first, then four terms, so
-// that as many loads are in flight. settle(place) may change places in between.
+// The sum of terms lane, lane + lanes, lane + 2 lanes, ... of `size`, by four sums in turn. Terms: place(k) says where
+// term k is, settle(place) may change four of them, and term(place, inside) is the term, 0 where it is not inside. Four
+// places first, then four terms, so that as many loads are in flight; beyond the end the last place is taken again,
+// which leaves the loads without branches.
 template <typename Acc, typename Terms>
 __device__ __forceinline__ Acc sum_terms(const Terms& terms, int size, int lane, int lanes) {
   Acc sum[4] = {0, 0, 0, 0};
@@ -21,7 +22,7 @@ __device__ __forceinline__ Acc sum_terms(const Terms& terms, int size, int lane,
     uint32_t place[4];
     Acc term[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) place[i] = terms.place(k + i * lanes, k + i * lanes < size);
+    for (int i = 0; i < 4; ++i) place[i] = terms.place(min(k + i * lanes, size - 1));
     terms.settle(place);
 #pragma unroll
     for (int i = 0; i < 4; ++i) term[i] = terms.term(place[i], k + i * lanes < size);

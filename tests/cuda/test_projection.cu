@@ -146,8 +146,6 @@ int main(int argc, char** argv) {
   test_projection<__half, float>(generator);
   test_projection<__nv_bfloat16, float>(generator);
   test_projection<float, double>(generator);
-  test_projection<double, float>(generator);
-  test_projection<__half, double>(generator);
   test_projection<__nv_bfloat16, double>(generator);
   test_computed<float, float>(generator);
   test_computed<double, float>(generator);

@@ -89,9 +89,6 @@ int main(int argc, char** argv) {
   test_stored<double, double>(generator);
   test_stored<__half, float>(generator);
   test_stored<__nv_bfloat16, float>(generator);
-  test_stored<float, double>(generator);
-  test_stored<double, float>(generator);
-  test_stored<__half, double>(generator);
   test_stored<__nv_bfloat16, double>(generator);
   return finish();
 }
