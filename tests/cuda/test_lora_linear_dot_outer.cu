@@ -120,19 +120,22 @@ void test_large(std::mt19937_64& generator) {
 }
 #endif
 
-template <typename T, typename Acc>
-void test_type(std::mt19937_64& generator) {
-  for_cases(generator, [&](const LoraCase& c) { test_dot_outer<T, Acc>(generator, c); });
-}
-
 template <typename T>
 void test_fused(std::mt19937_64& generator) {
-  test_type<T, float>(generator);
+  constexpr Values kReal = Values::kReal, kInteger = Values::kInteger;
+  for (const LoraCase& c : {LoraCase{0, 37, 3, kRankMinor, kReal},
+                            {17, 0, 3, kRankMinor, kReal},
+                            {1, 1, 1, kRankMajor, kInteger},
+                            {17, 37, 3, kRankMajor, kReal},
+                            {70, 515, 16, kRankMajor, kInteger},
+                            {35, 131, 5, kRankMinor, kReal},
+                            {3, 65, 33, kRankMinor, kReal}})
+    test_dot_outer<T, float>(generator, c);
   // aligned rows: chunks of several steps, tiles of columns, a last tile of one piece
-  test_dot_outer<T, float>(generator, {150, 520, 16, kRankMinor, Values::kInteger});
-  test_dot_outer<T, float>(generator, {67, 600, 9, kRankMajor, Values::kReal}, 8);
-  test_dot_outer<T, float>(generator, {200, 96, 4, kRankMinor, Values::kReal}, 4);
-  test_dot_outer<T, float>(generator, {33, 72, 8, kRankMajor, Values::kInteger}, 8);
+  test_dot_outer<T, float>(generator, {150, 520, 16, kRankMinor, kInteger});
+  test_dot_outer<T, float>(generator, {67, 600, 9, kRankMajor, kReal}, 8);
+  test_dot_outer<T, float>(generator, {200, 96, 4, kRankMinor, kReal}, 4);
+  test_dot_outer<T, float>(generator, {33, 72, 8, kRankMajor, kInteger}, 8);
   test_not_finite<T>(generator, generator() % 2 == 0 ? kRankMajor : kRankMinor);
 }
 
@@ -140,8 +143,8 @@ int main(int argc, char** argv) {
   std::mt19937_64 generator(seed_of(argc, argv));
   test_fused<__half>(generator);
   test_fused<__nv_bfloat16>(generator);
-  test_type<float, float>(generator);
-  test_type<double, double>(generator);
+  test_dot_outer<float, float>(generator, {35, 131, 5, kRankMinor, Values::kReal});
+  test_dot_outer<double, double>(generator, {20, 72, 17, kRankMajor, Values::kReal});
 #ifndef CUDAHOST
   test_large(generator);
 #endif

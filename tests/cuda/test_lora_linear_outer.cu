@@ -44,8 +44,8 @@ void test_shapes(std::mt19937_64& generator) {
   const auto values = [&] { return generator() % 2 == 0 ? Values::kReal : Values::kInteger; };
   // aligned rows, several chunks and more than one round of the warps; every set of warps; a last rank tile of one
   for (const int64_t r : {3, 16}) test_outer<T, Acc>(generator, {270, 72, r, layout(), values()});
-  for (const int64_t r : {17, 33, 64, 65}) test_outer<T, Acc>(generator, {140, 40, r, layout(), values()});
-  for (const int64_t r : {1, 4, 40})
+  for (const int64_t r : {17, 33, 65}) test_outer<T, Acc>(generator, {140, 40, r, layout(), values()});
+  for (const int64_t r : {1, 4, 64})
     test_outer<T, Acc>(generator, {37, 136, r, layout(), values()}, (r == 4 ? 16 : 8) / sizeof(T));
 }
 
@@ -99,7 +99,6 @@ void test_large(std::mt19937_64& generator) {
 
 template <typename T, typename Acc>
 void test_type(std::mt19937_64& generator) {
-  for_cases(generator, [&](const LoraCase& c) { test_outer<T, Acc>(generator, c); });
   test_shapes<T, Acc>(generator);
   test_not_finite<T, Acc>(generator, 20, kRankMajor);
   test_not_finite<T, Acc>(generator, 300, kRankMinor);
@@ -107,6 +106,10 @@ void test_type(std::mt19937_64& generator) {
 
 int main(int argc, char** argv) {
   std::mt19937_64 generator(seed_of(argc, argv));
+  for_cases(generator, [&](const LoraCase& c) {
+    test_outer<float, float>(generator, c);
+    test_outer<__nv_bfloat16, float>(generator, c);
+  });
   test_type<float, float>(generator);
   test_type<double, double>(generator);
   test_type<__half, float>(generator);
