@@ -9,14 +9,18 @@ STABLE_TORCH_LIBRARY(unilora, m) {
   // theta_D[i] = theta_d[index[i]] * scale[index[i]] * value[i], in `dtype`; no value: 1.
   m.def("project(Tensor theta_d, Tensor scale, Tensor index, Tensor? value, ScalarType dtype) -> Tensor");
   // grad_theta_d[j] = scale[j] * sum of value[i] grad_theta_D[i] over column j; sums and result in the dtype of scale.
-  // By one pass over theta_D (CPU), whose gradient may come in pieces that lie end to end, as the layers make them; or
-  // by one over each column's members, listed in ascending order (CUDA).
+  // Its gradient may come in pieces that lie end to end, as the layers make them. By one pass over theta_D (CPU), or by
+  // one over each column's members.
   m.def("project_scatter(Tensor[] grad_theta_D, Tensor scale, Tensor index, Tensor? value) -> Tensor");
   m.def(
-      "project_segment_sum(Tensor grad_theta_D, Tensor scale, Tensor order, Tensor offsets, Tensor? value) -> Tensor");
+      "project_segment_sum(Tensor[] grad_theta_D, Tensor scale, Tensor order, Tensor offsets, Tensor? value) -> "
+      "Tensor");
+  // The members of column j are order[offsets[j]], ..., order[offsets[j + 1] - 1], by ascending position, each as piece
+  // and offset in it (PiecePacking), for pieces of these lengths.
+  m.def("column_members(Tensor index, int d, int[] lengths) -> (Tensor order, Tensor offsets)");
 
-  // The same with the index computed on the way (CPU), without values. `ranges`: (start, stop) pairs of the rows, of D,
-  // that theta_D holds, one after the other.
+  // The same with the index computed on the way, without values; on CUDA the transpose is of "balanced" alone.
+  // `ranges`: (start, stop) pairs of the rows, of D, that theta_D holds, one after the other.
   m.def(
       "project_seeded(Tensor theta_d, Tensor scale, str algorithm, int version, int D, int seed, int[] ranges, "
       "ScalarType dtype) -> Tensor");

@@ -120,8 +120,6 @@ def test_rows_of_several_ranges(device, kind):
 @pytest.mark.parametrize("materialize", [True, False])
 def test_factors_are_the_projection_cut_up(device, kind, materialize, threads):
     """Values and gradients of the factors, to the bit, from gradients of any strides and one that is missing."""
-    if device.type == "cuda" and not materialize:
-        pytest.skip("computed rows are on the CPU")
     shapes = [(1, 1), (301, 7), (7, 400), (2048, 3), (3, 999), (64, 64)]
     D = sum(m * n for m, n in shapes)
     P = kind(D, 97, seed=12, materialize=materialize)
@@ -220,14 +218,26 @@ def test_non_contiguous_and_half_inputs(device):
     assert half.grad.dtype == torch.bfloat16
 
 
-def test_members_of_stored_rows(device):
-    for D, d in SIZES:
-        rows = ul.UniformProjection(D, d, seed=1).restrict(device)
-        order, offsets = (t.cpu().long() for t in rows.members())
-        assert offsets[0] == 0 and offsets[-1] == D and sorted(order.tolist()) == list(range(D))
-        index = rows.index.cpu()
-        for j in {0, d // 2, d - 1}:
-            assert torch.equal(order[offsets[j] : offsets[j + 1]], torch.nonzero(index == j).flatten())
+@pytest.mark.parametrize(("D", "d"), [(0, 3), *SIZES])
+def test_column_members(device, threads, D, d):
+    """To the bit, of one piece and of several, empty ones among them; where all rows are in one column, too."""
+    for index in (torch.randint(0, d, (D,)), torch.full((D,), d - 1)):
+        index = index.to(device, torch.int32)
+        for lengths in ([D], [0, D], [D // 3, 0, D - D // 3], [1] * min(D, 1000) + [D - min(D, 1000)]):
+            expected = reference.column_members(index, d, lengths)
+            for count in (1, 2):
+                threads(count)
+                got = ops.column_members(index, d, lengths)
+                assert all(map(torch.equal, got, expected)), lengths
+
+
+def test_members_are_kept_for_the_last_pieces(device):
+    rows = ul.UniformProjection(300, 17, seed=1).restrict(device)
+    of_one = rows.members()
+    assert rows.members([300])[0] is of_one[0] and rows.members([100, 200])[0] is not of_one[0]
+    for lengths in ([300], [100, 200]):
+        got, expected = rows.members(lengths), reference.column_members(rows.index, 17, lengths)
+        assert all(map(torch.equal, got, expected))
 
 
 def cut(g_D):
@@ -250,17 +260,16 @@ def arguments(device, dtype=torch.float64, requires_grad=True):
     scale = torch.rand(d, device=device, dtype=dtype)
     theta_d = torch.randn(d, dtype=dtype, device=device, requires_grad=requires_grad)
     g_D = torch.randn(D, dtype=dtype, device=device, requires_grad=requires_grad)
+    members = rows.members([piece.numel() for piece in cut(g_D)])
     for value in (None, torch.randn(D, dtype=dtype, device=device)):
         yield ops.project, theta_d, (scale, rows.index, value, dtype)
-        if device.type == "cuda":
-            yield ops.project_segment_sum, g_D, (scale, *rows.members(), value)
-        else:
+        yield in_pieces(ops.project_segment_sum), g_D, (scale, *members, value)
+        if device.type == "cpu":
             yield in_pieces(ops.project_scatter), g_D, (scale, rows.index, value)
-    if device.type == "cuda":
-        return
     for algorithm, version in (("uniform", 1), ("balanced", 1), ("balanced", 2)):
         yield ops.project_seeded, theta_d, (scale, algorithm, version, 100, 5, [3, 40, 50, 74], dtype)
-        yield in_pieces(ops.project_seeded_scatter), g_D, (scale, algorithm, version, 100, 5, [3, 40, 50, 74])
+        if device.type == "cpu" or algorithm == "balanced":
+            yield in_pieces(ops.project_seeded_scatter), g_D, (scale, algorithm, version, 100, 5, [3, 40, 50, 74])
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -274,6 +283,7 @@ def test_opcheck(device, requires_grad):
     index = torch.zeros(97, dtype=torch.int32, device=device)
     for algorithm, version in (("uniform", 1), ("balanced", 2)):
         torch.library.opcheck(ops.fill_index, (index, algorithm, version, 200, 11, 1, 3))
+    torch.library.opcheck(ops.column_members, (index, 3, [90, 0, 7]))
 
 
 def test_operators_differentiate_when_called_directly(device):
@@ -305,14 +315,23 @@ def test_project_with_values(device, threads, D, d, dtype, acc):
 
 
 def transposes(device, scale, index, d):
-    """The transpose operators of a device, as functions of g_D and the values."""
-    if device.type == "cuda":
-        columns, order = torch.sort(index, stable=True)
-        offsets = torch.searchsorted(columns, torch.arange(d + 1, dtype=torch.int32, device=device)).int()
-        return [lambda g_D, value: ops.project_segment_sum(g_D, scale, order.int(), offsets, value)]
+    """The transposes of a device, as functions of g_D and the values: pairs that give the same bits, of a gradient in
+    one piece and in several."""
+
+    def scatter(pieces, value):
+        return ops.project_scatter(pieces, scale, index, value)
+
+    def segment_sum(pieces, value):
+        members = ops.column_members(index, d, [len(piece) for piece in pieces])
+        return ops.project_segment_sum(pieces, scale, *members, value)
+
+    kinds = [segment_sum] if device.type == "cuda" else [scatter, segment_sum]
     return [
-        lambda g_D, value: ops.project_scatter([g_D], scale, index, value),
-        lambda g_D, value: ops.project_scatter(list(g_D.tensor_split([3, 3, 20])), scale, index, value),
+        (
+            lambda g_D, value, of=kind: of([g_D], value),
+            lambda g_D, value, of=kind: of(list(g_D.tensor_split([3, 3, 20])), value),
+        )
+        for kind in kinds
     ]
 
 
@@ -321,17 +340,19 @@ def transposes(device, scale, index, d):
 @pytest.mark.parametrize("acc", [torch.float32, torch.float64])
 def test_transpose_with_values(device, threads, D, d, dtype, acc):
     _, scale, index, value = with_values(device, D, d, acc)
-    g_D, results = torch.randn(D, device=device).to(dtype), []
-    for count in (1, 2):
-        threads(count)
-        for transpose in transposes(device, scale, index, d):
-            results.append(transpose(g_D, value))
-            assert torch.equal(transpose(g_D, torch.ones_like(value)), transpose(g_D, None))
-    assert all(torch.equal(g_d, results[0]) for g_d in results)
+    g_D = torch.randn(D, device=device).to(dtype)
     members = torch.bincount(index.long(), minlength=d)
     expected = reference.project_transpose(g_D, scale, index, value)
     bound = reference.project_transpose(g_D.abs(), scale, index, value.abs()) * (members + 3) * EPS[acc]
-    assert results[0].dtype == acc and ((results[0].double() - expected).abs() <= bound).all()
+    for pair in transposes(device, scale, index, d):
+        results = []
+        for count in (1, 2):
+            threads(count)
+            for transpose in pair:
+                results.append(transpose(g_D, value))
+                assert torch.equal(transpose(g_D, torch.ones_like(value)), transpose(g_D, None))
+        assert all(torch.equal(g_d, results[0]) for g_d in results)
+        assert results[0].dtype == acc and ((results[0].double() - expected).abs() <= bound).all()
 
 
 def test_there_is_no_derivative_of_values(device):
@@ -340,7 +361,7 @@ def test_there_is_no_derivative_of_values(device):
     value.requires_grad_()
     for call in (
         lambda: ops.project(theta_d.requires_grad_(), scale, index, value, torch.float32),
-        *(lambda transpose=transpose: transpose(g_D, value) for transpose in transposes(device, scale, index, 5)),
+        *(lambda of=of: of(g_D, value) for pair in transposes(device, scale, index, 5) for of in pair),
     ):
         with pytest.raises(RuntimeError, match="value: expected a tensor that requires no gradient"):
             call()
@@ -380,21 +401,26 @@ def test_wrong_arguments_are_named(device):
         cases.append((lambda value=value: ops.project(theta_d, scale, index, value, torch.float32), message))
         cases += [
             (lambda value=value, transpose=transpose: transpose(theta_d, value), message)
-            for transpose in transposes(device, scale, index, d)[:1]
+            for transpose, _ in transposes(device, scale, index, d)
         ]
-    if device.type == "cuda":  # there, an index out of range stops the kernel, as in PyTorch's own
+    cases += [
+        (
+            lambda: ops.project_segment_sum([theta_d], scale, index[1:], index, None),
+            r"order: expected shape \[5\], got",
+        ),
+        (
+            lambda: ops.project_segment_sum([theta_d], scale, index, index, None),
+            r"offsets: expected shape \[6\], got \[5\]",
+        ),
+        (lambda: ops.column_members(index, 5, [2, 2]), r"sum\(lengths\): expected a value in \[5, 5\], got 4"),
+        (lambda: ops.column_members(index, 5, [6, -1]), "length of a piece: expected a value in"),
+        (lambda: ops.column_members(index, 5, []), "number of pieces: expected a value in"),
+        (lambda: ops.column_members(index, 5, [5] + [0] * 1024), "number of pieces: expected a value in"),
+        (lambda: ops.column_members(index, 0, [5]), "d: expected a value in"),
+    ]
+    if device.type == "cpu":  # on CUDA, an index out of range stops the kernel, as in PyTorch's own
         cases += [
-            (
-                lambda: ops.project_segment_sum(theta_d, scale, index[1:], index, None),
-                r"order: expected shape \[5\], got",
-            ),
-            (
-                lambda: ops.project_segment_sum(theta_d, scale, index, index, None),
-                r"offsets: expected shape \[6\], got \[5\]",
-            ),
-        ]
-    else:
-        cases += [
+            (lambda: ops.column_members(index, 4, [5]), r"index: expected values in \[0, 4\)"),
             (
                 lambda: ops.project(theta_d, scale, index + 1, None, torch.float32),
                 r"index: expected values in \[0, 5\)",
@@ -456,4 +482,10 @@ def test_bytes_kept_an_element(device):
     rows = P.restrict(device)
     P.transpose(torch.randn(P.D, device=device))
     assert rows.nbytes <= (8 * P.D + 4 * P.d + 4 if device.type == "cuda" else 4 * P.D)
-    assert ul.UniformProjection(36864, 4096, materialize=False).restrict("cpu").nbytes == 0
+    for kind in KINDS:
+        P = kind(36864, 4096, materialize=False)
+        P(torch.randn(P.d, device=device))
+        assert P.restrict(device).nbytes == 0
+        P.transpose(torch.randn(P.D, device=device))
+        listed = device.type == "cuda" and kind is ul.UniformProjection
+        assert P.restrict(device).nbytes == (4 * P.D + 4 * P.d + 4 if listed else 0)

@@ -1,54 +1,92 @@
-"""The transpose by segment sums, which CUDA has, in graphs that are compiled: here with a stand-in for its kernel."""
+"""The transpose by segment sums, which CUDA has, on the CPU: eager, in graphs that are compiled, and exported ones."""
 
 import pytest
 import torch
 from models import Tower, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unilora_ext as ul
-from unilora_ext.projections.indexed import StoredRows
+from unilora_ext.projections.indexed import IndexedRows
+
+
+class Calls(TorchDispatchMode):
+    """Number of pieces in each call of the operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.unilora.project_segment_sum.default:
+            self.pieces.append(len(args[0]))
+        return operator(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """Stored rows give the members of their columns to a graph; calls of the kernel are counted."""
-    calls = []
+    monkeypatch.setattr(IndexedRows, "by_members", True)
 
-    def segment_sum(g_D, scale, order, offsets, value):
-        calls.append(len(g_D))
-        terms = g_D.to(scale.dtype) if value is None else g_D.to(scale.dtype) * value
-        lengths = offsets.diff().long()
-        return scale * torch.segment_reduce(terms[order.long()], "sum", lengths=lengths, unsafe=True)
 
-    library = torch.library.Library("unilora", "IMPL")
-    library.impl("project_segment_sum", segment_sum, "CPU")
-    monkeypatch.setattr(StoredRows, "operands", lambda rows, dtype: (*rows._vectors(dtype), *rows.members()))
-    yield calls
-    library._destroy()
+def gradient(model, adapter, x):
+    (g_d,) = torch.autograd.grad(model(x).square().sum(), adapter.theta_d)
+    return g_d
+
+
+def adapted(projection="uniform", **options):
+    model = Tower()
+    d = None if projection == "vera" else 40
+    config = ul.UniLoRAConfig(r=2, d=d, target_modules=["up", "down"], projection=projection, **options)
+    adapter = ul.attach(model, config)
+    with torch.no_grad():
+        adapter.theta_d.normal_()
+    return model, adapter
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+@pytest.mark.parametrize("projection", ["uniform", "balanced"])
+def test_an_eager_model(monkeypatch, projection, materialize):
+    """From the layers' gradients as they lie, and from one vector where they are too many."""
+    model, adapter = adapted(projection, materialize=materialize)
+    x = tokens()
+    expected = gradient(model, adapter, x)
+    monkeypatch.setattr(IndexedRows, "by_members", True)
+    for most, pieces in ((1024, 12), (11, 1)):
+        monkeypatch.setattr("unilora_ext.projections.indexed._MOST_PIECES", most)
+        with Calls() as calls:
+            got = gradient(model, adapter, x)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert calls.pieces == ([] if projection == "balanced" and not materialize else [pieces])
+
+
+@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
+def test_activation_checkpointing(as_on_cuda, mode):
+    model, adapter = adapted()
+    x = tokens()
+    expected = gradient(model, adapter, x)
+    model.checkpointing = mode
+    adapter.theta_d.grad = None
+    model(x).square().sum().backward()
+    torch.testing.assert_close(adapter.theta_d.grad, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("projection", ["uniform", "vera"])
 def test_a_compiled_model(as_on_cuda, projection):
-    model = Tower()
-    d = 40 if projection == "uniform" else None
-    adapter = ul.attach(model, ul.UniLoRAConfig(r=2, d=d, target_modules=["up", "down"], projection=projection))
-    with torch.no_grad():
-        adapter.theta_d.normal_()
+    model, adapter = adapted(projection)
     x = tokens()
     y = model(x)
-    (expected,) = torch.autograd.grad(y.square().sum(), adapter.theta_d)
-    assert as_on_cuda == []
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    again = compiled(x)
-    (got,) = torch.autograd.grad(again.square().sum(), adapter.theta_d)
+    expected = gradient(model, adapter, x)
+    again = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(again, y)
+    with Calls() as calls:
+        (got,) = torch.autograd.grad(again.square().sum(), adapter.theta_d)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert as_on_cuda == [adapter.projection.D]
+    assert calls.pieces == [1]
 
 
 def test_an_exported_model(as_on_cuda):
     """Its graph is of operators alone."""
-    model = Tower().eval()
-    ul.attach(model, ul.UniLoRAConfig(r=2, d=40, target_modules=["up", "down"]))
+    model, _ = adapted()
+    model.eval()
     x = tokens()
     exported = torch.export.export(model, (x,))
     assert torch.equal(exported.module()(x), model(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,11 +84,17 @@ def _(grad_theta_D, scale, index, value):
 
 @_register_fake("project_segment_sum")
 def _(grad_theta_D, scale, order, offsets, value):
-    _expect(
-        "project_segment_sum", "order", order.shape == grad_theta_D.shape, list(grad_theta_D.shape), list(order.shape)
-    )
+    rows = sum(piece.numel() for piece in grad_theta_D)
+    _expect("project_segment_sum", "order", tuple(order.shape) == (rows,), f"shape [{rows}]", list(order.shape))
     _expect_value("project_segment_sum", value, scale, order)
     return scale.new_empty(scale.shape)
+
+
+@_register_fake("column_members")
+def _(index, d, lengths):
+    rows = sum(lengths)
+    _expect("column_members", "index", tuple(index.shape) == (rows,), f"shape [{rows}]", list(index.shape))
+    return index.new_empty(index.shape), index.new_empty((d + 1,))
 
 
 @_register_fake("project_seeded")
@@ -157,13 +164,14 @@ def _save_project(ctx, inputs, output):
 
 def _project_backward(ctx, grad_theta_D):
     scale, index, value = ctx.saved_tensors
+    return _transpose(grad_theta_D, scale, index, value), *[None] * 4
+
+
+def _transpose(g_D, scale, index, value):
     if not index.is_cuda:
-        g_d = torch.ops.unilora.project_scatter([grad_theta_D], scale, index, value)
-    else:  # PyTorch's accumulating index_put is deterministic there
-        terms = grad_theta_D.to(scale.dtype)
-        terms = terms if value is None else terms * value
-        g_d = scale * torch.zeros_like(scale).index_put((index.long(),), terms, accumulate=True)
-    return g_d, *[None] * 4
+        return torch.ops.unilora.project_scatter([g_D], scale, index, value)
+    order, offsets = torch.ops.unilora.column_members(index, scale.numel(), [g_D.numel()])
+    return torch.ops.unilora.project_segment_sum([g_D], scale, order, offsets, value)
 
 
 def _save_scatter(ctx, inputs, output):
@@ -183,17 +191,28 @@ def _scatter_backward(ctx, grad_g_d):
 
 
 def _save_segment_sum(ctx, inputs, output):
-    g_D, scale, order, offsets, value = inputs
+    pieces, scale, order, offsets, value = inputs
     _without_derivative("project_segment_sum", value)
     ctx.save_for_backward(scale, order, offsets, value)
-    ctx.dtype = g_D.dtype
+    ctx.shapes, ctx.dtype = [piece.shape for piece in pieces], pieces[0].dtype
 
 
 def _segment_sum_backward(ctx, grad_g_d):
     scale, order, offsets, value = ctx.saved_tensors
     members = torch.repeat_interleave(grad_g_d * scale, offsets.diff(), output_size=order.numel())
-    theta_D = torch.empty_like(members).index_copy(0, order.long(), members)
-    return (theta_D if value is None else theta_D * value).to(ctx.dtype), *[None] * 4
+    positions = _positions(order, [shape.numel() for shape in ctx.shapes])
+    theta_D = torch.empty_like(members).index_copy(0, positions, members)
+    return _in_pieces(ctx, (theta_D if value is None else theta_D * value).to(ctx.dtype)), *[None] * 4
+
+
+def _positions(order, lengths):
+    """The rows that ``column_members`` has written as (piece, place in it), the piece in the high bits."""
+    if len(lengths) == 1:
+        return order.long()
+    bits = 32 - (len(lengths) - 1).bit_length()
+    entries = order.long() & 0xFFFFFFFF
+    starts = torch.tensor([0, *itertools.accumulate(lengths[:-1])], device=order.device)
+    return starts[entries >> bits] + (entries & ((1 << bits) - 1))
 
 
 def _save_seeded(ctx, inputs, output):
@@ -204,7 +223,15 @@ def _save_seeded(ctx, inputs, output):
 
 def _seeded_backward(ctx, grad_theta_D):
     (scale,) = ctx.saved_tensors
-    return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 7
+    algorithm, version, D, seed, ranges = ctx.source
+    if not grad_theta_D.is_cuda or algorithm == "balanced":
+        return torch.ops.unilora.project_seeded_scatter([grad_theta_D], scale, *ctx.source), *[None] * 7
+    index = torch.empty(grad_theta_D.shape, dtype=torch.int32, device=grad_theta_D.device)
+    start, parts = 0, zip(ranges[::2], ranges[1::2], strict=True)
+    for first, stop in parts:
+        rows = index[start : (start := start + stop - first)]
+        torch.ops.unilora.fill_index(rows, algorithm, version, D, scale.numel(), seed, first)
+    return _transpose(grad_theta_D, scale, index, None), *[None] * 7
 
 
 def _save_seeded_scatter(ctx, inputs, output):

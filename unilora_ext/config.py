@@ -48,8 +48,8 @@ class UniLoRAConfig:
         init_bound: theta_d starts uniform in [-init_bound, init_bound]; None: as the projection has it (0.02 for
             Uni-LoRA). 0 would never train: both factors and so all gradients would be zero.
         materialize: whether the projection's index is stored (4 bytes an element of theta_D on the CPU, 8 on CUDA) or
-            computed anew each time (0 bytes, slower, on the CPU); the same values and gradients. None: stored, but
-            for D > 2^27 on the CPU.
+            computed anew each time (0 bytes, slower; 4 for `uniform` trained on CUDA); the same values and gradients.
+            None: stored, but for D > 2^27 on the CPU.
         modules_to_save: modules (names or name endings) that are trained and saved whole, such as a new classifier.
         projection_options: settings that this projection alone has, by name: see ``options`` of its class.
 

@@ -6,6 +6,7 @@ The index functions are also the specification of the adapter format's algorithm
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -114,6 +115,20 @@ def project_transpose(g_D: Tensor, scale: Tensor, index: Tensor, value: Tensor |
     sums = torch.zeros(scale.shape, dtype=torch.float64, device=g_D.device)
     terms = g_D.double() if value is None else g_D.double() * value.double()
     return scale.double() * sums.index_add_(0, index.long(), terms)
+
+
+def column_members(index: Tensor, d: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(order int32 [n], offsets int32 [d + 1]): column j has the rows ``order[offsets[j]:offsets[j + 1]]``, ascending,
+    each as a piece of `lengths`, in the high bits, and the place in it."""
+    columns = index.tolist()
+    places = [(piece, place) for piece, length in enumerate(lengths) for place in range(length)]
+    bits = 32 - (len(lengths) - 1).bit_length()
+    rows = sorted(range(len(columns)), key=columns.__getitem__)
+    entries = [places[row][0] << bits | places[row][1] for row in rows]
+    order = torch.from_numpy(np.array(entries, dtype=np.uint32).view(np.int32)).to(index.device)
+    counts = torch.bincount(index.long().cpu(), minlength=d)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return order, offsets.int().to(index.device)
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-// A tile of the factor, A or B, in shared memory, where its layout no longer matters (contract: lora_linear.h). No
-// torch.
+// A tile of the factor, A or B, in shared memory, where its layout no longer matters, and 16-byte accesses of float and
+// double (contract: lora_linear.h). No torch.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -14,6 +14,41 @@ void with_rank_tile(int64_t r, const Body& body) {
     body(std::integral_constant<int, 4>{});
   } else {
     body(std::integral_constant<int, 16>{});
+  }
+}
+
+// 16 bytes of a row
+template <typename T>
+struct alignas(16) Numbers {
+  static constexpr int kCount = 16 / sizeof(T);
+  T value[kCount];
+};
+
+// store(q, c, factor[q0 + q, c0 + c]) for kRanks ranks and kColumns columns, zero beyond the factor. The whole block of
+// kBlock threads calls it; threads follow the storage order, so that reads are coalesced in both layouts and from any
+// element on, and issue a batch of loads before they store it.
+template <int kRanks, int kColumns, int kBlock, typename T, typename Store>
+__device__ __forceinline__ void stage_factor(const T* __restrict__ factor,  // [r, columns] or [columns, r]
+                                             FactorLayout layout, int64_t r, int64_t columns, int64_t q0, int64_t c0,
+                                             const Store& store) {
+  constexpr int kElements = kRanks * kColumns, kBatch = kElements / kBlock < 8 ? kElements / kBlock : 8;
+  static_assert(kElements % (kBatch * kBlock) == 0);
+  const bool rank_major = layout == FactorLayout::kRankMajor;
+  for (int first = threadIdx.x; first < kElements; first += kBatch * kBlock) {
+    T value[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int e = first + i * kBlock;
+      const int64_t rank = q0 + (rank_major ? e / kColumns : e % kRanks);
+      const int64_t column = c0 + (rank_major ? e % kColumns : e / kRanks);
+      value[i] =
+          rank < r && column < columns ? factor[rank_major ? rank * columns + column : column * r + rank] : T(0.0f);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int e = first + i * kBlock;
+      store(rank_major ? e / kColumns : e % kRanks, rank_major ? e % kColumns : e / kRanks, value[i]);
+    }
   }
 }
 

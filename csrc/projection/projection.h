@@ -147,6 +147,24 @@ class BalancedMap {
 
   UNILORA_HOST_DEVICE uint32_t column(uint32_t position) const { return by_d_.remainder(element(position)); }
 
+  // The inverse of element(). Where it is not a rank, it is step_back(), again where that gives D or more.
+  UNILORA_HOST_DEVICE uint32_t position(uint32_t element) const {
+    if (ranked_) return ranked_position(element);
+    uint32_t value = element;
+    do {
+      value = step_back(value);
+    } while (value >= D_);
+    return value;
+  }
+  UNILORA_HOST_DEVICE uint32_t step_back(uint32_t value) const {
+    uint32_t row = by_width_.quotient(value), col = value - row * width();
+    for (int i = kRounds - 2; i >= 0; i -= 2) {
+      col = subtract(col, draw(row, key_[i + 1], width()), width());
+      row = subtract(row, draw(col, key_[i], rows_), rows_);
+    }
+    return row * width() + col;
+  }
+
  private:
   uint64_t seed_;
   bool ranked_;
@@ -165,6 +183,22 @@ class BalancedMap {
       smaller += bits < own || (bits == own && other < position);
     }
     return smaller;
+  }
+  // The position of this rank: a draw that is known to be too small or too large rules out those beyond it.
+  UNILORA_HOST_DEVICE uint32_t ranked_position(uint32_t wanted) const {
+    uint64_t low = 0, high = UINT64_MAX;
+    uint32_t position = 0;
+    for (;; ++position) {
+      const uint64_t bits = position_bits(position);
+      if (bits < low || bits > high) continue;
+      const uint32_t found = rank(position);
+      if (found == wanted) return position;
+      if (found < wanted) {
+        low = bits;
+      } else {
+        high = bits;
+      }
+    }
   }
   UNILORA_HOST_DEVICE uint64_t position_bits(uint32_t position) const {
     const PhiloxBlock block = philox4x32_10(seed_, position / 2, kRankedStream);
@@ -197,6 +231,35 @@ class BalancedMap {
   UNILORA_HOST_DEVICE static uint32_t add(uint32_t a, uint32_t b, uint32_t modulus) {
     const uint32_t sum = a + b, wrapped = sum - modulus;  // wrapped is huge where sum < modulus
     return sum < wrapped ? sum : wrapped;
+  }
+  UNILORA_HOST_DEVICE static uint32_t subtract(uint32_t a, uint32_t b, uint32_t modulus) {
+    const uint32_t difference = a - b, wrapped = difference + modulus;  // difference is huge where a < b
+    return difference < wrapped ? difference : wrapped;
+  }
+};
+
+// ---- the members of each column ------------------------------------------------------------------------------------
+// theta_D's gradient may come in pieces that lie end to end, as the layers make them. A position of it is then stored
+// as (piece, offset in the piece) in 32 bits: the piece in the highest ones, as many as the number of pieces needs.
+// With one piece it is the position itself.
+
+constexpr int64_t kMaxPieces = 1024;
+
+struct PiecePacking {
+  int shift;  // 22 to 32: bits of an offset
+
+  UNILORA_HOST_DEVICE explicit PiecePacking(int64_t pieces) : shift(32) {
+    while ((INT64_C(1) << (32 - shift)) < pieces) --shift;
+  }
+  UNILORA_HOST_DEVICE int64_t largest() const { return INT64_C(1) << shift; }  // elements of a piece
+  UNILORA_HOST_DEVICE uint32_t pack(uint32_t piece, uint32_t offset) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(piece) << shift) | offset;
+  }
+  UNILORA_HOST_DEVICE uint32_t piece(uint32_t entry) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(entry) >> shift);
+  }
+  UNILORA_HOST_DEVICE uint32_t offset(uint32_t entry) const {
+    return entry & static_cast<uint32_t>((UINT64_C(1) << shift) - 1);
   }
 };
 

@@ -19,14 +19,13 @@ namespace {
 template <typename Map>
 class ComputedColumns {
  public:
-  ComputedColumns(const Map& map, const std::vector<int64_t>& ranges) : map_(map) {
-    for (size_t k = 0; k + 1 < ranges.size(); k += 2) {
-      runs_.push_back({rows_, rows_ + ranges[k + 1] - ranges[k], ranges[k]});
-      rows_ += ranges[k + 1] - ranges[k];
+  ComputedColumns(const Map& map, const std::vector<RowRange>& ranges) : map_(map) {
+    int64_t rows = 0;
+    for (const RowRange& range : ranges) {
+      runs_.push_back({rows, rows + range.stop - range.start, range.start});
+      rows += range.stop - range.start;
     }
   }
-
-  int64_t rows() const { return rows_; }
 
   bool columns(int64_t first, int64_t n, int32_t* buffer) const {
     for (const Run& run : runs_) {
@@ -43,7 +42,6 @@ class ComputedColumns {
   };
   Map map_;
   std::vector<Run> runs_;
-  int64_t rows_ = 0;
 };
 
 // Calls body(first, n, columns) for the blocks of rows [begin, end); returns false, at once, at a column out of range.
@@ -90,79 +88,39 @@ void gather_rows(const char* op, const Acc* theta_d, const Acc* scale, int64_t d
   if (!good) fail_index(op, d);
 }
 
-// Tensors of any shape and one dtype that lie end to end: rows [0, rows()).
-class Pieces {
- public:
-  explicit Pieces(const std::vector<Tensor>& tensors) {
-    for (const Tensor& tensor : tensors) {
-      held_.push_back(dense(tensor));
-      rows_ += tensor.numel();
-      ends_.push_back(rows_);
-    }
-  }
-
-  int64_t rows() const { return rows_; }
-
-  // body(begin, end, values) for each stretch of rows [first, last) in one tensor, until one returns false.
-  template <typename T, typename Body>
-  bool each(int64_t first, int64_t last, const Body& body) const {
-    for (size_t k = std::upper_bound(ends_.begin(), ends_.end(), first) - ends_.begin(); first < last; ++k) {
-      const int64_t end = std::min(last, ends_[k]), start = ends_[k] - held_[k].numel();
-      if (first < end && !body(first, end, const_data<T>(held_[k]) + (first - start))) return false;
-      first = end;
-    }
-    return true;
-  }
-
- private:
-  std::vector<Tensor> held_;
-  std::vector<int64_t> ends_;
-  int64_t rows_ = 0;
-};
-
-// out[j] = scale[j] * sum of value[i] grad[i] over the rows i of column j.
-template <typename Source>
-Tensor scatter(const char* op, const Pieces& grad, ScalarType dtype, const Tensor& scale, const Source& source,
-               const Values& values) {
-  const Tensor scales = dense(scale);
-  const int64_t n = grad.rows(), d = scales.numel(), parts = scatter_parts(n, d);
-  const Tensor out = torch::stable::new_empty(scales, {d});
-  const Tensor tables = torch::stable::new_empty(scales, {parts, d});
+// out[j] = scale[j] * sum of value[i] grad[i] over the rows i of column j. value: null without any.
+template <typename T, typename Acc, typename Source>
+void scatter_rows(const char* op, const Pieces& grad, const Acc* value, const Acc* scale, int64_t d,
+                  const Source& source, Acc* out) {
+  const int64_t n = grad.rows(), parts = scatter_parts(n, d);
+  const std::unique_ptr<Acc[]> tables(new Acc[static_cast<size_t>(parts * d)]);
+  Acc* const table = tables.get();
+  advise_huge_pages(table, parts * d * static_cast<int64_t>(sizeof(Acc)));
   std::atomic<bool> good{true};
-  dispatch_floating_pair(dtype, scales.scalar_type(), [&](auto tag, auto acc) {
-    using T = typename decltype(tag)::type;
-    using Acc = typename decltype(acc)::type;
-    Acc* table = data<Acc>(tables);
-    const Acc* value = values.data<Acc>();
-    advise_huge_pages(table, parts * d * static_cast<int64_t>(sizeof(Acc)));
-    parallel(parts, 2 * n / parts + d, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        Acc* own = table + part * d;
-        std::fill(own, own + d, Acc(0));
-        const auto add = [&](int64_t stretch, int64_t stretch_end, const T* grads) {
-          return for_blocks(source, stretch, stretch_end, [&](int64_t first, int64_t size, const int32_t* columns) {
-            if (value == nullptr) {
-              scatter_block<false>(grads + (first - stretch), columns, value, own, size);
-            } else {
-              scatter_block<true>(grads + (first - stretch), columns, value + first, own, size);
-            }
-          });
-        };
-        if (!grad.each<T>(n * part / parts, n * (part + 1) / parts, add)) good = false;
-      }
-    });
-    const Acc* weight = const_data<Acc>(scales);
-    Acc* result = data<Acc>(out);
-    parallel(d, parts, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        Acc sum = table[j];
-        for (int64_t part = 1; part < parts; ++part) sum += table[part * d + j];
-        result[j] = weight[j] * sum;
-      }
-    });
+  parallel(parts, 2 * n / parts + d, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      Acc* own = table + part * d;
+      std::fill(own, own + d, Acc(0));
+      const auto add = [&](int64_t stretch, int64_t stretch_end, const T* grads) {
+        return for_blocks(source, stretch, stretch_end, [&](int64_t first, int64_t size, const int32_t* columns) {
+          if (value == nullptr) {
+            scatter_block<false>(grads + (first - stretch), columns, value, own, size);
+          } else {
+            scatter_block<true>(grads + (first - stretch), columns, value + first, own, size);
+          }
+        });
+      };
+      if (!grad.each<T>(n * part / parts, n * (part + 1) / parts, add)) good = false;
+    }
+  });
+  parallel(d, parts, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      Acc sum = table[j];
+      for (int64_t part = 1; part < parts; ++part) sum += table[part * d + j];
+      out[j] = scale[j] * sum;
+    }
   });
   if (!good) fail_index(op, d);
-  return out;
 }
 
 struct CpuProjection {
@@ -184,19 +142,72 @@ struct CpuProjection {
               T* out, int64_t n) const {
     gather_rows(op, theta_d, scale, d, StoredColumns{index, d}, value, out, n);
   }
-};
 
-// The pieces of grad_theta_D, all of the first one's dtype.
-Pieces checked_pieces(const char* op, const std::vector<Tensor>& grad_theta_D, const Tensor& scale) {
-  check_range(op, "number of tensors in grad_theta_D", static_cast<int64_t>(grad_theta_D.size()), 1, INT64_MAX);
-  for (const Tensor& piece : grad_theta_D) {
-    check_grad(op, piece, scale);
-    check_dtype(op, "grad_theta_D", piece, grad_theta_D[0].scalar_type());
+  template <typename T, typename Acc, typename Map>
+  void seeded_gather(const char* op, const Acc* theta_d, const Acc* scale, int64_t d, const Map& map,
+                     const std::vector<RowRange>& ranges, T* out, int64_t n) const {
+    const Acc* no_value = nullptr;
+    gather_rows(op, theta_d, scale, d, ComputedColumns(map, ranges), no_value, out, n);
   }
-  Pieces pieces(grad_theta_D);
-  check_range(op, "len(grad_theta_D)", pieces.rows(), 0, kMaxElements);
-  return pieces;
-}
+
+  template <typename T, typename Acc, typename Map>
+  void seeded_scatter(const char* op, const Pieces& grad, const Acc* scale, int64_t /*D*/, int64_t d, const Map& map,
+                      const std::vector<RowRange>& ranges, Acc* out) const {
+    const Acc* no_value = nullptr;
+    scatter_rows<T>(op, grad, no_value, scale, d, ComputedColumns(map, ranges), out);
+  }
+
+  // By counting: how many members each column has, where they start, then each position at the next place of its
+  // column. Both readings of the index are checked: another thread may write to it.
+  void column_members(const char* op, const int32_t* index, int64_t n, int64_t d, const std::vector<int64_t>& lengths,
+                      int32_t* order, int32_t* offsets) const {
+    std::fill(offsets, offsets + d + 1, 0);
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t column = index[i];
+      if (column < 0 || column >= d) fail_index(op, d);
+      ++offsets[column + 1];
+    }
+    for (int64_t j = 0; j < d; ++j) offsets[j + 1] += offsets[j];
+    std::vector<int32_t> next(offsets, offsets + d);
+    const PiecePacking packing(static_cast<int64_t>(lengths.size()));
+    for (size_t piece = 0; piece < lengths.size(); ++piece) {
+      for (int64_t k = 0; k < lengths[piece]; ++k) {
+        const int32_t column = *index++;
+        if (column < 0 || column >= d || next[column] == offsets[column + 1]) fail_index(op, d);
+        order[next[column]++] =
+            static_cast<int32_t>(packing.pack(static_cast<uint32_t>(piece), static_cast<uint32_t>(k)));
+      }
+    }
+  }
+
+  // A column has one thread, which adds its members one by one.
+  template <typename T, typename Acc>
+  void segment_sum(const char* op, const Pieces& grad, const Acc* value, const Acc* scale, int64_t d,
+                   const int32_t* order, const int32_t* offsets, Acc* out) const {
+    const int64_t n = grad.rows();
+    const std::vector<Piece<T>> pieces = grad.list<T>();
+    const PiecePacking packing(grad.size());
+    std::atomic<bool> good{true};
+    parallel(d, 1 + 4 * n / d, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t first = offsets[j], last = offsets[j + 1];
+        Acc sum = 0;
+        bool in_range = 0 <= first && first <= last && last <= n;
+        for (int64_t k = first; in_range && k < last; ++k) {
+          const auto entry = static_cast<uint32_t>(order[k]);
+          const int64_t piece = packing.piece(entry), offset = packing.offset(entry);
+          in_range = piece < grad.size() && offset < pieces[piece].length;
+          if (!in_range) break;
+          const Acc term = static_cast<Acc>(pieces[piece].data[offset]);
+          sum += value == nullptr ? term : value[grad.start(piece) + offset] * term;
+        }
+        out[j] = scale[j] * sum;
+        if (!in_range) good = false;
+      }
+    });
+    if (!good) fail(op, "order, offsets: expected what column_members gives for pieces of these lengths");
+  }
+};
 
 Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, const Tensor& index,
                        const std::optional<Tensor>& value) {
@@ -205,51 +216,16 @@ Tensor project_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, co
   check_index(op, "index", index, "grad_theta_D", grad_theta_D[0]);
   check_shape(op, "index", index, {grad.rows()});
   check_value(op, value, scale, grad.rows());
-  const Tensor columns = dense(index);
-  return scatter(op, grad, grad_theta_D[0].scalar_type(), scale,
-                 StoredColumns{const_data<int32_t>(columns), scale.numel()}, Values(value));
-}
-
-// Checks the description of computed rows, then calls body with their source.
-template <typename Body>
-Tensor with_computed_columns(const char* op, const std::string& algorithm, int64_t version, int64_t D, int64_t d,
-                             int64_t seed, const std::vector<int64_t>& ranges, const Body& body) {
-  return with_index_map(op, algorithm, version, D, d, seed, [&](const auto& map) {
-    check_range(op, "len(ranges) % 2", static_cast<int64_t>(ranges.size()) % 2, 0, 0);
-    for (size_t k = 0; k + 1 < ranges.size(); k += 2) {
-      check_range(op, "stop of a range", ranges[k + 1], 0, D);
-      check_range(op, "start of a range", ranges[k], 0, ranges[k + 1]);
-    }
-    return body(ComputedColumns(map, ranges));
+  const Tensor columns = dense(index), scales = dense(scale);
+  const Tensor out = torch::stable::new_empty(scales, {scales.numel()});
+  const Values values(value);
+  dispatch_floating_pair(grad_theta_D[0].scalar_type(), scales.scalar_type(), [&](auto tag, auto acc) {
+    using T = typename decltype(tag)::type;
+    using Acc = typename decltype(acc)::type;
+    scatter_rows<T>(op, grad, values.data<Acc>(), const_data<Acc>(scales), scales.numel(),
+                    StoredColumns{const_data<int32_t>(columns), scales.numel()}, data<Acc>(out));
   });
-}
-
-Tensor project_seeded(const Tensor& theta_d, const Tensor& scale, std::string algorithm, int64_t version, int64_t D,
-                      int64_t seed, std::vector<int64_t> ranges, ScalarType dtype) {
-  constexpr auto op = "project_seeded";
-  check_theta_d(op, theta_d, scale, dtype);
-  return with_computed_columns(op, algorithm, version, D, theta_d.numel(), seed, ranges, [&](const auto& source) {
-    const Tensor theta = dense(theta_d), scales = dense(scale);
-    const Tensor out = new_result(theta, source.rows(), dtype);
-    dispatch_floating_pair(dtype, theta.scalar_type(), [&](auto tag, auto acc) {
-      using T = typename decltype(tag)::type;
-      using Acc = typename decltype(acc)::type;
-      const Acc* no_value = nullptr;
-      gather_rows(op, const_data<Acc>(theta), const_data<Acc>(scales), theta.numel(), source, no_value, data<T>(out),
-                  source.rows());
-    });
-    return out;
-  });
-}
-
-Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& scale, std::string algorithm,
-                              int64_t version, int64_t D, int64_t seed, std::vector<int64_t> ranges) {
-  constexpr auto op = "project_seeded_scatter";
-  const Pieces grad = checked_pieces(op, grad_theta_D, scale);
-  return with_computed_columns(op, algorithm, version, D, scale.numel(), seed, ranges, [&](const auto& source) {
-    check_range(op, "len(grad_theta_D)", grad.rows(), source.rows(), source.rows());
-    return scatter(op, grad, grad_theta_D[0].scalar_type(), scale, source, Values(std::nullopt));
-  });
+  return out;
 }
 
 }  // namespace
@@ -258,6 +234,4 @@ Tensor project_seeded_scatter(std::vector<Tensor> grad_theta_D, const Tensor& sc
 STABLE_TORCH_LIBRARY_IMPL(unilora, CPU, m) {
   unilora::register_projection<unilora::CpuProjection>(m);
   m.impl("project_scatter", TORCH_BOX(&unilora::project_scatter));
-  m.impl("project_seeded", TORCH_BOX(&unilora::project_seeded));
-  m.impl("project_seeded_scatter", TORCH_BOX(&unilora::project_seeded_scatter));
 }

@@ -6,9 +6,8 @@
 namespace unilora {
 namespace {
 
-struct CudaProjection {
-  CudaLaunch cuda;
-
+class CudaProjection {
+ public:
   explicit CudaProjection(const Tensor& like) : cuda(like) {}
 
   Tensor new_vector(int64_t n, ScalarType dtype) const { return cuda.scratch(n, dtype); }
@@ -27,44 +26,57 @@ struct CudaProjection {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  template <typename T, typename Acc>
-  void segment_sum(const T* grad, const Acc* value, int64_t n, const Acc* scale, int64_t d, const int32_t* order,
-                   const int32_t* offsets, Acc* out) const {
-    launch_segment_sum(cuda_pointer(grad), value, n, scale, d, order, offsets, out, cuda.stream());
+  void column_members(const char* /*op*/, const int32_t* index, int64_t n, int64_t d,
+                      const std::vector<int64_t>& lengths, int32_t* order, int32_t* offsets) const {
+    const Tensor scratch = cuda.scratch(sorted_positions_scratch(n, d), ScalarType::Byte);
+    launch_column_members(index, n, d, lengths, data<void>(scratch), order, offsets, cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
+
+  template <typename T, typename Acc>
+  void segment_sum(const char* /*op*/, const Pieces& grad, const Acc* value, const Acc* scale, int64_t d,
+                   const int32_t* order, const int32_t* offsets, Acc* out) const {
+    launch_segment_sum(cuda_pieces<T>(grad), value, grad.rows(), scale, d, order, offsets, out, cuda.stream());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  template <typename T, typename Acc, typename Map>
+  void seeded_gather(const char* /*op*/, const Acc* theta_d, const Acc* scale, int64_t d, const Map& map,
+                     const std::vector<RowRange>& ranges, T* out, int64_t /*n*/) const {
+    const Tensor scratch = cuda.scratch(gather_scratch<T, Acc>(d, false), ScalarType::Byte);
+    launch_seeded_gather(theta_d, scale, data<void>(scratch), d, map, ranges, cuda_pointer(out), cuda.stream());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  template <typename T, typename Acc, typename Map>
+  void seeded_scatter(const char* op, const Pieces& grad, const Acc* scale, int64_t D, int64_t d, const Map& map,
+                      const std::vector<RowRange>& ranges, Acc* out) const {
+    if constexpr (std::is_same_v<Map, BalancedMap>) {
+      std::vector<Segment<typename CudaType<T>::type>> segments;
+      if (!make_segments(cuda_pieces<T>(grad), ranges, D, segments))
+        fail(op, "ranges: expected ranges that do not overlap");
+      check_range(op, "number of stretches that ranges and pieces cut D into", static_cast<int64_t>(segments.size()), 1,
+                  kMaxSegments);
+      launch_balanced_scatter(segments, map, D, scale, d, out, cuda.stream());
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    } else {
+      fail(op, "algorithm: expected 'balanced' on CUDA, got 'uniform', whose columns list no members: ",
+           "store them (column_members) and call project_segment_sum");
+    }
+  }
+
+ private:
+  CudaLaunch cuda;
+
+  template <typename T>
+  static auto cuda_pieces(const Pieces& grad) {
+    std::vector<Piece<typename CudaType<T>::type>> pieces;
+    for (const Piece<T>& piece : grad.list<T>()) pieces.push_back({cuda_pointer(piece.data), piece.length});
+    return pieces;
+  }
 };
-
-// CUDA sums over each column's members: a scatter would need atomics, whose order is not fixed.
-Tensor project_segment_sum(const Tensor& grad_theta_D, const Tensor& scale, const Tensor& order, const Tensor& offsets,
-                           const std::optional<Tensor>& value) {
-  constexpr auto op = "project_segment_sum";
-  check_grad(op, grad_theta_D, scale);
-  check_shape(op, "grad_theta_D", grad_theta_D, {-1});
-  check_index(op, "order", order, "grad_theta_D", grad_theta_D);
-  check_shape(op, "order", order, {grad_theta_D.numel()});
-  check_index(op, "offsets", offsets, "grad_theta_D", grad_theta_D);
-  check_shape(op, "offsets", offsets, {scale.numel() + 1});
-  check_value(op, value, scale, grad_theta_D.numel());
-
-  const Tensor grad = dense(grad_theta_D), scales = dense(scale);
-  const Tensor members = dense(order), bounds = dense(offsets);
-  const Tensor out = torch::stable::new_empty(scales, {scale.numel()});
-  const Values values(value);
-  const CudaProjection kernels(grad);
-  dispatch_floating_pair(grad.scalar_type(), scale.scalar_type(), [&](auto tag, auto acc) {
-    using T = typename decltype(tag)::type;
-    using Acc = typename decltype(acc)::type;
-    kernels.segment_sum(const_data<T>(grad), values.data<Acc>(), grad.numel(), const_data<Acc>(scales), scales.numel(),
-                        const_data<int32_t>(members), const_data<int32_t>(bounds), data<Acc>(out));
-  });
-  return out;
-}
 
 }  // namespace
 }  // namespace unilora
 
-STABLE_TORCH_LIBRARY_IMPL(unilora, CUDA, m) {
-  unilora::register_projection<unilora::CudaProjection>(m);
-  m.impl("project_segment_sum", TORCH_BOX(&unilora::project_segment_sum));
-}
+STABLE_TORCH_LIBRARY_IMPL(unilora, CUDA, m) { unilora::register_projection<unilora::CudaProjection>(m); }

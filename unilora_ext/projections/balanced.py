@@ -17,6 +17,7 @@ class BalancedProjection(SeededProjection):
 
     name = "balanced"
     versions = (1, 2)
+    lists_members = True
 
     @property
     def counts(self) -> Tensor:

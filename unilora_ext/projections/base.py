@@ -210,6 +210,10 @@ class Projection(ABC):
             found = self._restrictions[device] = kept(device, lambda: self._restrict(device, whole))
         return found
 
+    def keeps_rows(self, restriction: Restriction) -> bool:
+        """Whether these are the rows that :meth:`restrict` keeps."""
+        return self._restrictions.get(restriction.device) is restriction
+
     def matrices_in_graph(
         self,
         theta_d: Tensor,

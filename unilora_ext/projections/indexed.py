@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from unilora_ext._native import _C
 from unilora_ext._operators import below_autograd
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.layout import Range
-from unilora_ext.projections.base import Given, Option, Projection, faking, kept
+from unilora_ext.projections.base import Given, Option, Projection, faking, kept, ordinary
 from unilora_ext.projections.restriction import Gradients, Restriction
 
 __all__ = ["NORMALIZE", "IndexedProjection", "SeededProjection"]
@@ -22,6 +23,7 @@ __all__ = ["NORMALIZE", "IndexedProjection", "SeededProjection"]
 operators = torch.ops.unilora
 
 _MOST_STORED = 1 << 27  # 512 MiB of index
+_MOST_PIECES = 1024  # of a gradient that the CUDA kernels read as it lies
 
 NORMALIZE = {"normalize": Option(True, "whether column j is scaled by 1 / sqrt(n_j), which makes P isometric")}
 
@@ -128,14 +130,17 @@ class SeededProjection(IndexedProjection):
     Args:
         D, d: rows and columns.
         seed: integer in [0, 2^63).
-        materialize: True: the index is stored, 4 bytes an element of theta_D (8 on CUDA). False: it is computed anew
-            in every projection, 0 bytes, on the CPU; values and gradients are the same to the bit. None: stored,
-            but for D > 2^27 on the CPU.
+        materialize: True: the index is stored, 4 bytes an element of theta_D; on CUDA its sorted order too, 4 more.
+            False: the index is computed anew in every projection, 0 bytes; values and gradients are the same (on the
+            CPU to the bit). On CUDA the backward of `uniform` keeps the order all the same, 4 bytes. None: stored, but
+            for D > 2^27 on the CPU.
         version: of the index algorithm; None: the newest.
         **options: see :attr:`Projection.options`.
     """
 
     options: ClassVar[Mapping[str, Option]] = NORMALIZE
+    lists_members: ClassVar[bool] = False
+    """Whether the rows of a column can be computed, as well as the column of a row."""
 
     def __init__(
         self,
@@ -161,18 +166,63 @@ class SeededProjection(IndexedProjection):
         return index
 
     def _restrict(self, device: torch.device, ranges: Sequence[Range]) -> Restriction:
-        if self.materialize is False and device.type == "cuda":
-            raise UniLoRAError(f"{self}: materialize=False: expected rows on the CPU, got {device}")
-        stored = self.materialize if self.materialize is not None else self.D <= _MOST_STORED
-        if stored or device.type != "cpu":
-            return super()._restrict(device, ranges)
-        return ComputedRows(self, ranges)
+        stored = self.materialize
+        if stored is None:
+            stored = self.D <= _MOST_STORED or device.type != "cpu"
+        return super()._restrict(device, ranges) if stored else ComputedRows(self, device, ranges)
 
 
 # ---- rows on a device -----------------------------------------------------------------------------------------------
 
 
-class StoredRows(Restriction):
+class IndexedRows(Restriction):
+    """Rows with one non-zero each. The transpose is a scatter; on CUDA, where a scatter needs atomics, whose order is
+    not fixed, it is a sum over the members of each column."""
+
+    projection: IndexedProjection
+
+    def __init__(self, projection: IndexedProjection, device: torch.device, ranges: Sequence[Range]) -> None:
+        super().__init__(projection, device, ranges)
+        self._lengths: tuple[int, ...] | None = None
+        self._members: tuple[Tensor, ...] = ()
+
+    @property
+    def by_members(self) -> bool:
+        """Whether the transpose needs :meth:`members`."""
+        return self.device.type == "cuda"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._members)
+
+    @abstractmethod
+    def columns(self) -> Tensor:
+        """int32 [n]: the column of each row."""
+
+    def members(self, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """(order int32 [n], offsets int32 [d + 1]): column j has the rows ``order[offsets[j]:offsets[j + 1]]``, in
+        ascending order, written for a gradient in pieces of `lengths` (None: in one) as the operator ``column_members``
+        does. Kept for the pieces asked for last."""
+        lengths = (len(self),) if lengths is None else tuple(lengths)
+        if self._lengths != lengths:
+            make = partial(self._list_members, lengths)
+            self._members = kept(self.device, make) if self.projection.keeps_rows(self) else ordinary(make)
+            self._lengths = lengths
+        return self._members
+
+    def _list_members(self, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return operators.column_members(self.columns(), self.projection.d, lengths)
+
+    def _segment_sum(self, pieces: Sequence[Tensor], scale: Tensor, value: Tensor | None) -> Tensor:
+        pieces = _few(pieces)
+        bits = (len(pieces) - 1).bit_length()  # of the number of a piece; the place in it has the others
+        if max(piece.numel() for piece in pieces) > 1 << (32 - bits):
+            pieces = [_joined(pieces)]
+        members = self.members([piece.numel() for piece in pieces])
+        return _called(operators.project_segment_sum.default, pieces, scale, *members, value)
+
+
+class StoredRows(IndexedRows):
     """Rows with a stored index: 4 bytes a row; on CUDA 8, once gradients are wanted. A value a row is 4 more.
 
     Args:
@@ -182,30 +232,18 @@ class StoredRows(Restriction):
         value: float32 [n], or None.
     """
 
-    projection: IndexedProjection
-
     def __init__(
         self, projection: IndexedProjection, ranges: Sequence[Range], index: Tensor, value: Tensor | None
     ) -> None:
         super().__init__(projection, index.device, ranges)
         self.index, self.value = index, value
-        self._members: tuple[Tensor, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.index, self.value, *(self._members or ())) if t is not None)
+        return super().nbytes + self.index.nbytes + (0 if self.value is None else self.value.nbytes)
 
-    def members(self) -> tuple[Tensor, Tensor]:
-        """(order int32 [n], offsets int32 [d + 1]): column j has the rows ``order[offsets[j]:offsets[j + 1]]``, in
-        ascending order. Made once."""
-        if self._members is None:
-            self._members = kept(self.device, self._sorted)
-        return self._members
-
-    def _sorted(self) -> tuple[Tensor, Tensor]:
-        columns, order = torch.sort(self.index, stable=True)
-        bounds = torch.arange(self.projection.d + 1, dtype=columns.dtype, device=columns.device)
-        return order.int(), torch.searchsorted(columns, bounds).int()
+    def columns(self) -> Tensor:
+        return self.index
 
     def _vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """(scale, index, value) for sums in `dtype`."""
@@ -213,17 +251,59 @@ class StoredRows(Restriction):
         return self.projection.scale_on(self.device, dtype), self.index, value
 
     def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        return *self._vectors(dtype), *(self.members() if self.index.is_cuda else ())
+        return *self._vectors(dtype), *(self.members() if self.by_members else ())
 
     def forward(self, theta_d: Tensor, trained: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return _called(operators.project.default, theta_d, *self._vectors(theta_d.dtype), dtype)
 
     def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
         scale, index, value = self._vectors(dtype)
-        if index.is_cuda:
-            whole = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
-            return (_called(operators.project_segment_sum.default, whole, scale, *self.members(), value),)
+        if self.by_members:
+            return (self._segment_sum(pieces, scale, value),)
         return (_called(operators.project_scatter.default, list(pieces), scale, index, value),)
+
+
+class ComputedRows(IndexedRows):
+    """Rows whose index is computed on the way, and not kept. On CUDA, the members of a column are computed where they
+    have a closed form, else kept, 4 bytes a row.
+
+    Args:
+        projection: P.
+        device: where the rows are.
+        ranges: of P's rows.
+    """
+
+    projection: SeededProjection
+
+    def __init__(self, projection: SeededProjection, device: torch.device, ranges: Sequence[Range]) -> None:
+        super().__init__(projection, device, ranges)
+        bounds = [bound for pair in ranges for bound in pair]
+        self._source = projection.name, projection.version, projection.D, projection.seed, bounds
+
+    def columns(self) -> Tensor:
+        return torch.cat([self.projection.columns(start, stop, self.device) for start, stop in self.ranges])
+
+    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return self.projection.scale_on(self.device, dtype), *self._source
+
+    def forward(self, theta_d: Tensor, trained: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return _called(operators.project_seeded.default, theta_d, *self.operands(theta_d.dtype), dtype)
+
+    def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
+        if not self.by_members:
+            return (_called(operators.project_seeded_scatter.default, list(pieces), *self.operands(dtype)),)
+        if not self.projection.lists_members:
+            return (self._segment_sum(pieces, self.projection.scale_on(self.device, dtype), None),)
+        return (_called(operators.project_seeded_scatter.default, _few(pieces), *self.operands(dtype)),)
+
+
+def _few(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces, or one of all of them where they are more than a kernel takes."""
+    return list(pieces) if len(pieces) <= _MOST_PIECES else [_joined(pieces)]
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return torch.cat([piece.flatten() for piece in pieces])
 
 
 def _called(operator: torch._ops.OpOverload, *args: Any) -> Tensor:
@@ -248,30 +328,4 @@ class _ProjectInGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_D):
         scale, order, offsets, value = ctx.saved_tensors
-        return operators.project_segment_sum(g_D, scale, order, offsets, value), *[None] * 6
-
-
-class ComputedRows(Restriction):
-    """Rows whose index is computed on the way: nothing is kept. On the CPU.
-
-    Args:
-        projection: P.
-        ranges: of its rows.
-    """
-
-    nbytes = 0
-    projection: SeededProjection
-
-    def __init__(self, projection: SeededProjection, ranges: Sequence[Range]) -> None:
-        super().__init__(projection, torch.device("cpu"), ranges)
-        bounds = [bound for pair in ranges for bound in pair]
-        self._source = projection.name, projection.version, projection.D, projection.seed, bounds
-
-    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        return self.projection.scale_on(self.device, dtype), *self._source
-
-    def forward(self, theta_d: Tensor, trained: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return _called(operators.project_seeded.default, theta_d, *self.operands(theta_d.dtype), dtype)
-
-    def transpose(self, pieces: Sequence[Tensor], dtype: torch.dtype, at: Sequence[Tensor] = ()) -> Gradients:
-        return (_called(operators.project_seeded_scatter.default, list(pieces), *self.operands(dtype)),)
+        return operators.project_segment_sum([g_D], scale, order, offsets, value), *[None] * 6

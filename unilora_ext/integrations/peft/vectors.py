@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,9 +35,13 @@ class AdapterVector(SharedVector):
     def theta_d(self) -> Tensor:
         return self.parameters_by_name[self.name]
 
-    def _devices(self, model: nn.Module) -> Iterator[tuple[int, torch.device]]:
+    def _layers(self, model: nn.Module) -> list[tuple[int, torch.device, torch.dtype]]:
+        layers = []
         for layer in layers_of(model, self.name):
-            yield layer.slot_ids[self.name], layer.weight.device
+            weight = layer.weight
+            dtype = weight.dtype if weight.is_floating_point() else self.theta_d.dtype
+            layers.append((layer.slot_ids[self.name], weight.device, dtype))
+        return layers
 
 
 class Vectors:

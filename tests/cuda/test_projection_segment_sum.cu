@@ -1,0 +1,97 @@
+// Tests of projection_segment_sum.cuh against sums in double precision.
+#include "projection/projection_segment_sum.cuh"
+#include "projection_cases.h"
+
+using namespace testing;
+using std::to_string;
+
+template <typename T, typename Acc>
+void test_segment_sum(std::mt19937_64& generator, const Shape& shape, Values values, bool weighted, int64_t pieces) {
+  const std::string name = std::string("segment_sum<") + Type<T>::name + ", " + Type<Acc>::name + ">: D " +
+                           to_string(shape.D) + ", d " + to_string(shape.d) + (weighted ? ", values" : "") +
+                           ", pieces " + to_string(pieces);
+  const auto value = random_values<Acc>(generator, shape.D, values);
+  const auto grad = random_values<T>(generator, shape.D, values);
+  const auto scale = random_values<Acc>(generator, shape.d, values);
+  const auto index = random_index(generator, shape);
+  const Device<Acc> scale_d(scale), value_d(value);
+  const auto run = [&](const std::vector<int64_t>& lengths) {
+    const Members members(index, shape.d, lengths);
+    const DevicePieces<T> grads(grad, lengths);
+    const Device<int32_t> order_d(members.order), offsets_d(members.offsets);
+    const Device<Acc> out(shape.d);
+    unilora::launch_segment_sum(grads.list, weighted ? value_d.get() : nullptr, shape.D, scale_d.get(), shape.d,
+                                order_d.get(), offsets_d.get(), out.get(), nullptr);
+    return out.values();
+  };
+  const auto lengths = random_lengths(generator, shape.D, pieces);
+  const std::vector<Acc> got = run(lengths);
+  check(same_bits(got, run(lengths)), name + ": two launches differ");
+  if (pieces > 1) check(same_bits(got, run({shape.D})), name + ": one piece differs");
+  std::vector<Sum> sums(static_cast<size_t>(shape.d));
+  for (int64_t i = 0; i < shape.D; ++i) sums[index[i]].add(exact(grad[i]) * (weighted ? exact(value[i]) : 1));
+  expect_sums(got, sums, scale, values, name);
+}
+
+template <typename T, typename Acc>
+void test_stored(std::mt19937_64& generator) {
+  // D = 0; one element; d = 1, which a whole block sums; d > D; few and many members a column; widths 1 to 32
+  const Shape shapes[] = {{0, 5}, {1, 1}, {2701, 1}, {17, 301}, {1021, 333}, {999, 101}, {801, 9}, {777, 300, true}};
+  for (const Shape& shape : shapes) {
+    for (const bool weighted : {false, true}) {
+      const int64_t pieces[] = {1, 2, 7, 64, 65, 200};
+      test_segment_sum<T, Acc>(generator, shape, Values::kReal, weighted, pieces[generator() % 6]);
+      test_segment_sum<T, Acc>(generator, shape, Values::kInteger, weighted, pieces[generator() % 6]);
+    }
+  }
+  test_segment_sum<T, Acc>(generator, {1500, 77}, Values::kInteger, true, 1);
+  test_segment_sum<T, Acc>(generator, {1500, 77}, Values::kInteger, true, 5);
+  test_segment_sum<T, Acc>(generator, {1500, 77}, Values::kInteger, true, 1024);
+}
+
+// inf and NaN reach the sums of their columns, and no other.
+void test_not_finite() {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<int32_t> index{0, 1, 2, 3, 0, 1, 2, 3};
+  const Members members(index, 4, {8});
+  const DevicePieces<float> grads({1, inf, inf, nan, 2, 1, -inf, 1}, {8});
+  const Device<float> scale(std::vector<float>{1, -1, 1, 1}), out(4);
+  const Device<int32_t> order(members.order), offsets(members.offsets);
+  const float* no_value = nullptr;
+  unilora::launch_segment_sum(grads.list, no_value, 8, scale.get(), 4, order.get(), offsets.get(), out.get(), nullptr);
+  const std::vector<float> got = out.values();
+  check(got[0] == 3 && got[1] == -inf && got[2] != got[2] && got[3] != got[3], "segment_sum: inf and NaN");
+}
+
+// ---- offsets out of range -----------------------------------------------------------------------------------
+
+void test_out_of_range() {
+  const auto segment_sum = [](int32_t first_offset, int32_t last_offset) {
+    const DevicePieces<float> grads({1, 2}, {2});
+    const Device<float> scale(std::vector<float>{1, 1}), out(2);
+    const Device<int32_t> order(std::vector<int32_t>{0, 1}),
+        offsets(std::vector<int32_t>{first_offset, 1, last_offset});
+    const float* no_value = nullptr;
+    unilora::launch_segment_sum(grads.list, no_value, 2, scale.get(), 2, order.get(), offsets.get(), out.get(),
+                                nullptr);
+  };
+  check(!stops([&] { segment_sum(0, 2); }), "segment_sum: good offsets were refused");
+  check(stops([&] { segment_sum(0, 3); }), "segment_sum: offsets beyond the end were not refused");
+  check(stops([&] { segment_sum(0, 1); }), "segment_sum: offsets short of the end were not refused");
+  check(stops([&] { segment_sum(-1, 2); }), "segment_sum: a negative offset was not refused");
+}
+
+int main(int argc, char** argv) {
+  std::mt19937_64 generator(seed_of(argc, argv));
+  test_out_of_range();
+  test_not_finite();
+  test_stored<float, float>(generator);
+  test_stored<double, double>(generator);
+  test_stored<__half, float>(generator);
+  test_stored<__nv_bfloat16, float>(generator);
+  test_stored<float, double>(generator);
+  test_stored<double, float>(generator);
+  test_stored<__half, double>(generator);
+  test_stored<__nv_bfloat16, double>(generator);
+  return finish();
+}
