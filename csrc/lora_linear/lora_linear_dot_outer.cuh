@@ -86,7 +86,7 @@ template <int kOctets, bool kWide, typename T>
 __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p) {
   constexpr int kStages = 2, kRanks = 8 * kOctets;
   __shared__ __align__(16) T stage[kStages][kOuterWarps][kOuterStep * kOuterColumns];
-  __shared__ float4 part[2][kOuterWarps][kOctets][kWarp];
+  __shared__ __align__(16) float part[2][kOuterWarps][kOctets][kWarp][4];
   const Outer<T, float>& o = p.outer;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, t = lane % 4;
   const int64_t column_tiles = p.column_tiles(), tiles = o.chunks * column_tiles;
@@ -143,8 +143,7 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
         for (int octet = 0; octet < kOctets; ++octet) mma<T>(u[octet], a, factor[k][octet][0], factor[k][octet][1]);
       }
 #pragma unroll
-      for (int octet = 0; octet < kOctets; ++octet)
-        part[step % 2][warp][octet][lane] = {u[octet][0], u[octet][1], u[octet][2], u[octet][3]};
+      for (int octet = 0; octet < kOctets; ++octet) store_together(part[step % 2][warp][octet][lane], u[octet]);
 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -168,8 +167,7 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
       if (e < kRanks * kOuterStep) {
         float total = 0;
 #pragma unroll
-        for (int w = 0; w < kOuterWarps; ++w)
-          total += reinterpret_cast<const float*>(&part[step % 2][w][e / (4 * kWarp)][holder])[e % 4];
+        for (int w = 0; w < kOuterWarps; ++w) total += part[step % 2][w][e / (4 * kWarp)][holder][e % 4];
         const int row = step * kOuterStep + holder / 4 + e % 4 / 2 * 8;
         const int q = e / (4 * kWarp) * 8 + holder % 4 * 2 + e % 2;
         if (row < rows) p.u_partial[(column_tile * o.tokens + begin + row) * kRanks + q] = total;
@@ -182,8 +180,8 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
     for (int j = 0; j < 8; ++j) {
       const int64_t c = column + 8 * j + 2 * t;
       float* to = o.partial + (chunk * o.r + group) * pitch + c;
-      if (c < pitch && 0 < ranks) *reinterpret_cast<float2*>(to) = {sum[j][0], sum[j][1]};
-      if (c < pitch && 8 < ranks) *reinterpret_cast<float2*>(to + 8 * pitch) = {sum[j][2], sum[j][3]};
+      if (c < pitch && 0 < ranks) store_together(to, {sum[j][0], sum[j][1]});
+      if (c < pitch && 8 < ranks) store_together(to + 8 * pitch, {sum[j][2], sum[j][3]});
     }
   }
 }
