@@ -57,29 +57,29 @@ struct DotOuter {
 // rows of one column of pieces, or the pieces of one row, lie in different banks.
 __device__ __forceinline__ int staged(int row, int piece) { return row * kOuterColumns + 8 * (piece ^ row % 8); }
 
-// The factor's right-hand fragments for 64 columns from `column` on: [columns / 16][ranks / 8][register].
+// The factor's right-hand fragments for the warp's 64 columns, [columns / 16][ranks / 8][register], through `tile`,
+// [ranks][block's columns]. The whole block calls it. Pairs of columns are exchanged so that neighbouring ranks, which
+// are written together, and the 8 ranks x 4 pairs that a fragment reads, lie in different banks.
 template <int kOctets, typename T>
-__device__ __forceinline__ void load_factor_fragments(const DotOuter<T>& p, int64_t column,
+__device__ __forceinline__ void load_factor_fragments(const DotOuter<T>& p, int64_t block_column, T* tile,
                                                       uint32_t (&fragment)[4][kOctets][2]) {
-  const int t = threadIdx.x % 4, group = threadIdx.x % kWarp / 4;
-  const bool rank_major = p.outer.layout == FactorLayout::kRankMajor;
+  const auto pair = [](int q, int c) { return q * kDotOuterColumns + 2 * (c / 2 ^ q % 8 * 4 ^ q / 8); };
+  stage_factor<8 * kOctets, kDotOuterColumns, kOuterBlock>(
+      p.factor, p.outer.layout, p.outer.r, p.outer.columns, 0, block_column,
+      [&](int q, int c, T number) { tile[pair(q, c) + c % 2] = number; });
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp, column = threadIdx.x / kWarp * kOuterColumns + 2 * (lane % 4);
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
-      const int64_t q = 8 * octet + group;
-      alignas(4) T numbers[2][2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t c = column + 16 * step + i / 2 * 8 + 2 * t + i % 2;
-        numbers[i / 2][i % 2] = q < p.outer.r && c < p.outer.columns
-                                    ? p.factor[rank_major ? q * p.outer.columns + c : c * p.outer.r + q]
-                                    : narrow<T>(0.0f);
-      }
-      fragment[step][octet][0] = reinterpret_cast<const uint32_t&>(numbers[0]);
-      fragment[step][octet][1] = reinterpret_cast<const uint32_t&>(numbers[1]);
+      for (int i = 0; i < 2; ++i)
+        fragment[step][octet][i] =
+            *reinterpret_cast<const uint32_t*>(tile + pair(8 * octet + lane / 4, column + 16 * step + 8 * i));
     }
   }
+  __syncthreads();
 }
 
 template <int kOctets, bool kWide, typename T>
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
     float sum[8][4] = {};
     fill(0);
     commit_copies();
-    load_factor_fragments<kOctets>(p, column, factor);
+    load_factor_fragments<kOctets>(p, column_tile * kDotOuterColumns, stage[1][0], factor);
     for (int step = 0; step < steps; ++step) {
       if (step + 1 < steps) fill(step + 1);
       commit_copies();
