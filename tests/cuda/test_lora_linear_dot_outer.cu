@@ -124,9 +124,9 @@ void test_fused(std::mt19937_64& generator) {
                             {3, 65, 33, kRankMinor, kReal}})
     test_dot_outer<T, float>(generator, c);
   // aligned rows: chunks of several steps, tiles of columns, a last tile of one piece
-  test_dot_outer<T, float>(generator, {150, 520, 16, kRankMinor, kInteger});
-  test_dot_outer<T, float>(generator, {67, 600, 9, kRankMajor, kReal}, 8);
-  test_dot_outer<T, float>(generator, {200, 96, 4, kRankMinor, kReal}, 4);
+  test_dot_outer<T, float>(generator, {100, 520, 16, kRankMinor, kInteger});
+  test_dot_outer<T, float>(generator, {66, 520, 9, kRankMajor, kReal}, 8);
+  test_dot_outer<T, float>(generator, {130, 96, 4, kRankMinor, kReal}, 4);
   test_dot_outer<T, float>(generator, {33, 72, 8, kRankMajor, kInteger}, 8);
   test_not_finite<T>(generator, generator() % 2 == 0 ? kRankMajor : kRankMinor);
 }
