@@ -16,6 +16,8 @@ void add_product(const Tensor& y, const Tensor& x, const Tensor& factor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), y.get(), x.get(), factor.get(), 1.0, 1.0));
 }
 
+static_assert(kPlanFewTokens <= kFewTokens);
+
 template <typename Acc>
 constexpr ScalarType kScratch = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
 
@@ -28,6 +30,11 @@ struct CudaLoraLinear {
   Tensor linear_with_update(const LoraForward& f, const Tensor& weight, const std::optional<Tensor>& bias) const {
     const auto& s = f.sizes;
     switch (forward_plan({sizeof(T), s.tokens, s.n, s.r, true}, forced_plan())) {
+      case LoraPlan::kFew: {
+        const Tensor y = linear_product(f, weight, bias);
+        few<T>(f, y);
+        return y;
+      }
       case LoraPlan::kUpdateFirst: {
         const std::optional<Tensor> dense_bias = bias.has_value() ? std::optional(dense(*bias)) : std::nullopt;
         const Tensor y = torch::stable::new_empty(f.x, {s.tokens, s.m});
@@ -44,7 +51,12 @@ struct CudaLoraLinear {
 
   template <typename T>
   void add_update(const LoraForward& f, const Tensor& y) const {
-    dot_then_update<T>(*this, f, y);
+    const auto& s = f.sizes;
+    if (forward_plan({sizeof(T), s.tokens, s.n, s.r, false}, forced_plan()) == LoraPlan::kFew) {
+      few<T>(f, y);
+    } else {
+      dot_then_update<T>(*this, f, y);
+    }
   }
 
   template <typename T>
@@ -96,6 +108,16 @@ struct CudaLoraLinear {
     const Tensor partial = cuda.scratch(dot_and_outer_scratch(tokens, columns, r), kScratch<Acc>);
     launch_dot_and_outer(cuda_pointer(g), tokens, columns, cuda_pointer(factor), layout, h, r, scaling,
                          data<Acc>(partial), u, cuda_pointer(out), cuda.stream());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  // h, and y += s h B^T
+  template <typename T>
+  void few(const LoraForward& f, const Tensor& y) const {
+    launch_few(cuda_pointer(data<T>(y)), cuda_pointer(const_data<T>(f.x)), f.sizes.tokens, f.sizes.n, f.sizes.m,
+               cuda_pointer(const_data<T>(f.A)), cuda_pointer(const_data<T>(f.B)), f.sizes.r, f.scaling,
+               data<accumulator<T>>(f.h), cuda.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

@@ -12,5 +12,6 @@
 
 #include "lora_linear/lora_linear_dot.cuh"
 #include "lora_linear/lora_linear_dot_outer.cuh"
+#include "lora_linear/lora_linear_few.cuh"
 #include "lora_linear/lora_linear_outer.cuh"
 #include "lora_linear/lora_linear_update.cuh"

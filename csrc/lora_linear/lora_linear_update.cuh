@@ -10,9 +10,12 @@ namespace unilora {
 // else:   y[i, c]  = bias[c] + s sum_q h[i, q] factor[q, c]
 //
 // Work: a block owns a tile of 32 rows and 512 bytes of columns, a warp four of the rows, a lane 16 bytes of each,
-// whose y it loads first. Ranks in tiles of 16 through shared memory. Bytes: y read (kOnto) and written once, 2 tokens
-// columns sizeof(T); from L2, h, tokens r sizeof(T), for each column tile, and the factor, r columns sizeof(T), for
-// each row tile. Determinism: a lane adds the ranks of its elements in ascending order, then y; one rounding.
+// whose y it loads first. Ranks in tiles of 16 through shared memory.
+//
+// Bytes: y read (kOnto) and written once, 2 or 1 tokens columns sizeof(T); from L2, h, tokens r sizeof(T), for each
+// column tile, and the factor, r columns sizeof(T), for each row tile.
+//
+// Determinism: a lane adds the ranks of its elements in ascending order, to zero or its bias; then y; one rounding.
 
 constexpr int kPlainUpdateBlock = 256;
 constexpr int kPlainUpdateRows = 32;

@@ -7,18 +7,23 @@
 
 namespace unilora {
 
-// ---- rank_update, 16 bits
-// --------------------------------------------------------------------------------------------------- kOnto:  y[i, c]
-// += s sum_q h[i, q] factor[q, c] else:   y[i, c]  = bias[c] + s sum_q h[i, q] factor[q, c]
+// ---- rank_update, 16 bits -----------------------------------------------------------------------------------
+// kOnto:  y[i, c] += s sum_q h[i, q] factor[q, c]
+// else:   y[i, c]  = bias[c] + s sum_q h[i, q] factor[q, c]
 //
-// Work: the product is formed transposed, columns times ranks by ranks times rows, so that a lane's sums are eight
-// neighbouring columns of four rows, 16 bytes each, and eight lanes write 128 bytes of a row. A warp owns 16 rows and
-// 64 columns, a block four warps of rows by two of columns. It walks down a run of row tiles in a strip of columns,
-// whose factor it keeps in shared memory; a row tile's y is loaded before the products that are added to it. r >
-// kRanks: rank tiles in turn, the factor staged anew for each. Products: TF32. The factor is exact in it, s h is the
-// sum of two parts, 21 bits. Bytes: y read (kOnto) and written once, 2 or 4 tokens columns; from L2, h, 4 tokens r, for
-// each strip of 128 columns, and the factor, 2 r columns, for each run. Determinism: an element adds its ranks in the
-// order of the steps of 8, in each the high parts before the low, then y; one rounding to T.
+// Work: the product is formed transposed, columns x ranks times ranks x rows, so that a lane's sums are eight columns
+// of four rows, 16 bytes each, and eight lanes have 128 bytes of a row. A warp owns 16 rows and 64 columns; a block is
+// four warps of rows by two of columns. It walks down a run of row tiles in a strip of columns, whose factor stays in
+// shared memory; a row tile's y is on its way while its products are formed. r > 64: rank tiles of 64, the factor
+// staged anew for each.
+//
+// Products: in TF32, which holds the factor; s h is the sum of two parts, but for a relative 2^-21.
+//
+// Bytes: y read (kOnto) and written once, 4 or 2 tokens columns; from L2, h, 4 tokens r, for each strip of 128 columns,
+// and the factor, 2 r columns, for each run.
+//
+// Determinism: an element adds its ranks eight at a time, with the high parts before the low, to zero or its bias; then
+// y; one rounding to T.
 
 constexpr int kUpdateBlock = 256;
 constexpr int kUpdateRows = 64;      // of a row tile
