@@ -93,7 +93,7 @@ struct BalancedTerms {
 };
 
 template <bool kRanked, typename T, typename Acc, int kMost>
-__global__ void __launch_bounds__(kSumBlock, (kSumBlocks<T, Acc>))
+__global__ void __launch_bounds__(kSumBlock)
     balanced_scatter_kernel(const __grid_constant__ SegmentList<T, kMost> list, const BalancedMap map, uint32_t D,
                             const Acc* __restrict__ scale,  // [d]
                             uint32_t d,

@@ -7,7 +7,7 @@ namespace unilora {
 
 constexpr int kSumBlock = 256;
 
-// Blocks of a multiprocessor, at least: 64 registers a thread for float64, else 48.
+// Blocks of a multiprocessor: 64 registers a thread for float64, else 48.
 template <typename T, typename Acc>
 constexpr int kSumBlocks = sizeof(T) == 8 || sizeof(Acc) == 8 ? 4 : 5;
 
