@@ -25,7 +25,7 @@ namespace unilora {
 template <int kRanks, bool kWide, typename T>
 __global__ void __launch_bounds__(kOuterBlock, 2) outer_plain_kernel(Outer<T, T> p) {
   constexpr int kNumbers = 16 / sizeof(T), kGroups = kOuterBlock * kNumbers / kOuterColumns;
-  constexpr int kBatch = kWide || sizeof(T) == 8 ? 4 : 2;  // what 128 registers hold
+  constexpr int kBatch = kWide || sizeof(T) == 8 ? 4 : 2;  // this and what is unrolled: 128 registers
   constexpr int kRows = kBatch * kGroups, kShown = 4;
   __shared__ __align__(16) T weight[kRows][kRanks];
   __shared__ __align__(16) T part[kGroups][kShown][kOuterColumns + kNumbers];
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kOuterBlock, 2) outer_plain_kernel(Outer<T, T>
         }
       }
       __syncthreads();
-#pragma unroll
+#pragma unroll(kWide ? 2 : 1)
       for (int e = threadIdx.x; e < kRows * kRanks; e += kOuterBlock) {
         const int row = e / kRanks, q = e % kRanks;
         weight[row][q] = row < rows && q < ranks ? h[row * p.r + q] : T(0);
