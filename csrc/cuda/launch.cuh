@@ -19,10 +19,14 @@
 #define UNILORA_MAX_BLOCKS (INT64_C(1) << 20)
 #endif
 
-// Stops the kernel, in release builds too (assert() does not): the next CUDA call reports a device-side assert.
-#define UNILORA_DEVICE_CHECK(condition)                                                     \
-  do {                                                                                      \
-    if (!(condition)) __assert_fail(#condition, __FILE__, __LINE__, "unilora CUDA kernel"); \
+// Stops the kernel, in release builds too (assert() does not): the next CUDA call reports a device-side assert. That
+// the call does not return is said apart: else registers are kept for what would follow it.
+#define UNILORA_DEVICE_CHECK(condition)                                     \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      __assert_fail(#condition, __FILE__, __LINE__, "unilora CUDA kernel"); \
+      __builtin_unreachable();                                              \
+    }                                                                       \
   } while (0)
 
 namespace unilora {

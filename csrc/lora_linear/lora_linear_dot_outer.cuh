@@ -57,36 +57,36 @@ struct DotOuter {
 // rows of one column of pieces, or the pieces of one row, lie in different banks.
 __device__ __forceinline__ int staged(int row, int piece) { return row * kOuterColumns + 8 * (piece ^ row % 8); }
 
-// The factor's right-hand fragments for 64 columns from `column` on: [columns / 16][ranks / 8][register].
+// The factor's right-hand fragments for the warp's 64 columns, [columns / 16][ranks / 8][register], through `tile`,
+// [ranks][block's columns]. The whole block calls it. Pairs of columns are exchanged so that neighbouring ranks, which
+// are written together, and the 8 ranks x 4 pairs that a fragment reads, lie in different banks.
 template <int kOctets, typename T>
-__device__ __forceinline__ void load_factor_fragments(const DotOuter<T>& p, int64_t column,
+__device__ __forceinline__ void load_factor_fragments(const DotOuter<T>& p, int64_t block_column, T* tile,
                                                       uint32_t (&fragment)[4][kOctets][2]) {
-  const int t = threadIdx.x % 4, group = threadIdx.x % kWarp / 4;
-  const bool rank_major = p.outer.layout == FactorLayout::kRankMajor;
+  const auto pair = [](int q, int c) { return q * kDotOuterColumns + 2 * (c / 2 ^ q % 8 * 4 ^ q / 8); };
+  stage_factor<8 * kOctets, kDotOuterColumns, kOuterBlock>(
+      p.factor, p.outer.layout, p.outer.r, p.outer.columns, 0, block_column,
+      [&](int q, int c, T number) { tile[pair(q, c) + c % 2] = number; });
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp, column = threadIdx.x / kWarp * kOuterColumns + 2 * (lane % 4);
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
-      const int64_t q = 8 * octet + group;
-      alignas(4) T numbers[2][2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t c = column + 16 * step + i / 2 * 8 + 2 * t + i % 2;
-        numbers[i / 2][i % 2] = q < p.outer.r && c < p.outer.columns
-                                    ? p.factor[rank_major ? q * p.outer.columns + c : c * p.outer.r + q]
-                                    : narrow<T>(0.0f);
-      }
-      fragment[step][octet][0] = reinterpret_cast<const uint32_t&>(numbers[0]);
-      fragment[step][octet][1] = reinterpret_cast<const uint32_t&>(numbers[1]);
+      for (int i = 0; i < 2; ++i)
+        fragment[step][octet][i] =
+            *reinterpret_cast<const uint32_t*>(tile + pair(8 * octet + lane / 4, column + 16 * step + 8 * i));
     }
   }
+  __syncthreads();
 }
 
 template <int kOctets, bool kWide, typename T>
 __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p) {
   constexpr int kStages = 2, kRanks = 8 * kOctets;
   __shared__ __align__(16) T stage[kStages][kOuterWarps][kOuterStep * kOuterColumns];
-  __shared__ float4 part[2][kOuterWarps][kOctets][kWarp];
+  __shared__ __align__(16) float part[2][kOuterWarps][kOctets][kWarp][4];
   const Outer<T, float>& o = p.outer;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, t = lane % 4;
   const int64_t column_tiles = p.column_tiles(), tiles = o.chunks * column_tiles;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
     float sum[8][4] = {};
     fill(0);
     commit_copies();
-    load_factor_fragments<kOctets>(p, column, factor);
+    load_factor_fragments<kOctets>(p, column_tile * kDotOuterColumns, stage[1][0], factor);
     for (int step = 0; step < steps; ++step) {
       if (step + 1 < steps) fill(step + 1);
       commit_copies();
@@ -143,8 +143,7 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
         for (int octet = 0; octet < kOctets; ++octet) mma<T>(u[octet], a, factor[k][octet][0], factor[k][octet][1]);
       }
 #pragma unroll
-      for (int octet = 0; octet < kOctets; ++octet)
-        part[step % 2][warp][octet][lane] = {u[octet][0], u[octet][1], u[octet][2], u[octet][3]};
+      for (int octet = 0; octet < kOctets; ++octet) store_together(part[step % 2][warp][octet][lane], u[octet]);
 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -168,8 +167,7 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
       if (e < kRanks * kOuterStep) {
         float total = 0;
 #pragma unroll
-        for (int w = 0; w < kOuterWarps; ++w)
-          total += reinterpret_cast<const float*>(&part[step % 2][w][e / (4 * kWarp)][holder])[e % 4];
+        for (int w = 0; w < kOuterWarps; ++w) total += part[step % 2][w][e / (4 * kWarp)][holder][e % 4];
         const int row = step * kOuterStep + holder / 4 + e % 4 / 2 * 8;
         const int q = e / (4 * kWarp) * 8 + holder % 4 * 2 + e % 2;
         if (row < rows) p.u_partial[(column_tile * o.tokens + begin + row) * kRanks + q] = total;
@@ -182,8 +180,8 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
     for (int j = 0; j < 8; ++j) {
       const int64_t c = column + 8 * j + 2 * t;
       float* to = o.partial + (chunk * o.r + group) * pitch + c;
-      if (c < pitch && 0 < ranks) *reinterpret_cast<float2*>(to) = {sum[j][0], sum[j][1]};
-      if (c < pitch && 8 < ranks) *reinterpret_cast<float2*>(to + 8 * pitch) = {sum[j][2], sum[j][3]};
+      if (c < pitch && 0 < ranks) store_together(to, {sum[j][0], sum[j][1]});
+      if (c < pitch && 8 < ranks) store_together(to + 8 * pitch, {sum[j][2], sum[j][3]});
     }
   }
 }

@@ -77,10 +77,7 @@ __global__ void __launch_bounds__(kOuterBlock, 2) outer_plain_kernel(Outer<T, T>
       if (q0 + shown >= p.r) break;
       __syncthreads();
 #pragma unroll
-      for (int q = 0; q < kShown; ++q) {
-#pragma unroll
-        for (int k = 0; k < kNumbers; ++k) part[group][q][within + k] = sum[shown + q][k];
-      }
+      for (int q = 0; q < kShown; ++q) store_together(&part[group][q][within], sum[shown + q]);
       __syncthreads();
       store_sums<kShown, kOuterColumns>(p, chunk, p.chunks == 1, q0 + shown, c0, [&](int q, int c) {
         T total = 0;

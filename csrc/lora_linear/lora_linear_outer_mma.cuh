@@ -118,9 +118,9 @@ __global__ void __launch_bounds__(kOuterBlock, 2) outer_mma_kernel(Outer<T, floa
       for (int i = 0; i < 16; i += 4) {
         const int j = i % 8, n = i / 8;
         float* to = &part[rank_warp][column_warp][row_warp][group][16 * t + i];
-        *reinterpret_cast<float4*>(to) = {sum[m][j][n], sum[m][j + 1][n], sum[m][j + 2][n], sum[m][j + 3][n]};
-        *reinterpret_cast<float4*>(to + 8 * kPitch) = {sum[m][j][n + 2], sum[m][j + 1][n + 2], sum[m][j + 2][n + 2],
-                                                       sum[m][j + 3][n + 2]};
+        store_together(to, {sum[m][j][n], sum[m][j + 1][n], sum[m][j + 2][n], sum[m][j + 3][n]});
+        store_together(to + 8 * kPitch,
+                       {sum[m][j][n + 2], sum[m][j + 1][n + 2], sum[m][j + 2][n + 2], sum[m][j + 3][n + 2]});
       }
       __syncthreads();
 #pragma unroll 1

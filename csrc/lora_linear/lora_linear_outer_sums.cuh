@@ -41,6 +41,17 @@ __device__ __forceinline__ int left(int64_t end, int64_t from, int most) {
   return end - from < most ? static_cast<int>(end - from) : most;
 }
 
+// Neighbouring numbers in one access: `to` is aligned to all of them.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_together(T* to, const T (&numbers)[kCount]) {
+  using Whole = std::conditional_t<sizeof(numbers) == 16, uint4, uint2>;
+  static_assert(sizeof(numbers) == sizeof(Whole));
+  alignas(Whole) T copy[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) copy[k] = numbers[k];
+  *reinterpret_cast<Whole*>(to) = reinterpret_cast<const Whole&>(copy);
+}
+
 // What every kernel of `outer` takes.
 template <typename T, typename Acc>
 struct Outer {

@@ -42,7 +42,7 @@ struct StoredIndex {
   const int32_t* __restrict__ index;  // [n]
   uint32_t d;
 
-  static constexpr int kAtOnce = 8;
+  static constexpr int kAtOnce = 4;
   struct Table {};
   __device__ void fill(Table&) const {}
 

@@ -2,6 +2,8 @@
 // double, that of theta_d.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/launch.cuh"
 #include "projection/projection.h"
 
@@ -10,13 +12,13 @@ namespace unilora {
 constexpr int kProjectionBlock = 256;
 
 // Blocks of a kernel whose blocks first fill a table: as many as run at a time, each with many items.
-inline unsigned resident_grid_size(int64_t items, int64_t items_per_block, int blocks_per_multiprocessor) {
-  int device = 0, multiprocessors = 1;
+template <typename Kernel>
+unsigned resident_grid_size(Kernel kernel, int block, int64_t items, int64_t items_per_block) {
+  int device = 0, multiprocessors = 1, blocks_each = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const auto resident = static_cast<unsigned>(multiprocessors * blocks_per_multiprocessor);
-  const unsigned blocks = grid_size(items, items_per_block);
-  return blocks < resident ? blocks : resident;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, block, 0);
+  return std::min(grid_size(items, items_per_block), static_cast<unsigned>(multiprocessors * std::max(1, blocks_each)));
 }
 
 // The last k in [low, high] with start[k] <= x, where start[low] is known to be: `start` ascends.

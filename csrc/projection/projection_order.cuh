@@ -260,8 +260,8 @@ inline void launch_column_members(const int32_t* index,                 // [n], 
     pieces.start[k] = start;
     start += static_cast<uint32_t>(lengths[k]);
   }
-  pack_positions_kernel<<<resident_grid_size(n, kSortBlock, 2048 / kSortBlock), kSortBlock, 0, stream>>>(pieces, n,
-                                                                                                         order);
+  const unsigned blocks = resident_grid_size(pack_positions_kernel, kSortBlock, n, kSortBlock);
+  pack_positions_kernel<<<blocks, kSortBlock, 0, stream>>>(pieces, n, order);
 }
 
 }  // namespace unilora

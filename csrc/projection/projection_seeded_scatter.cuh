@@ -93,7 +93,7 @@ struct BalancedTerms {
 };
 
 template <bool kRanked, typename T, typename Acc, int kMost>
-__global__ void __launch_bounds__(kSumBlock, (kSumBlocks<T, Acc>))
+__global__ void __launch_bounds__(kSumBlock)
     balanced_scatter_kernel(const __grid_constant__ SegmentList<T, kMost> list, const BalancedMap map, uint32_t D,
                             const Acc* __restrict__ scale,  // [d]
                             uint32_t d,
@@ -101,11 +101,12 @@ __global__ void __launch_bounds__(kSumBlock, (kSumBlocks<T, Acc>))
                             Acc* __restrict__ out) {  // [d]
   __shared__ SegmentTable<T, kMost> segments;
   segments.fill(list);
-  const int64_t columns = kSumBlock / width;  // that a block takes at a time
-  const int group = threadIdx.x / width, lane = threadIdx.x % width;
-  for (int64_t first = blockIdx.x * columns; first < d; first += gridDim.x * columns) {
-    const int64_t j = first + group;
-    const BalancedTerms<kRanked, T, Acc, kMost> terms{map, segments, static_cast<uint32_t>(j), d, D};
+  const uint32_t columns = kSumBlock / width;  // that a block takes at a time
+  const uint32_t group = threadIdx.x / width;
+  const int lane = threadIdx.x % width;
+  for (uint32_t first = blockIdx.x * columns; first < d; first += gridDim.x * columns) {  // below 2^32
+    const uint32_t j = first + group;
+    const BalancedTerms<kRanked, T, Acc, kMost> terms{map, segments, j, d, D};
     const int size = j < d && j < D ? static_cast<int>((D - 1 - j) / d + 1) : 0;
     Acc sum = sum_terms<Acc>(terms, size, lane, width);
     sum = width <= kWarp ? lane_sum(sum, width) : block_sum(sum);
@@ -141,9 +142,10 @@ void launch_balanced_scatter(const std::vector<Segment<T>>& segments,  //
       list.data[k] = segments[k].data;
       list.start[k] = static_cast<uint32_t>(segments[k].start);
     }
-    const unsigned blocks = kMost == 1 ? grid_size(d, columns) : resident_grid_size(d, columns, kSumBlocks<T, Acc>);
-    balanced_scatter_kernel<decltype(ranked)::value, T, Acc, kMost><<<blocks, kSumBlock, 0, stream>>>(
-        list, map, static_cast<uint32_t>(D), scale, static_cast<uint32_t>(d), width, out);
+    const auto kernel = balanced_scatter_kernel<decltype(ranked)::value, T, Acc, kMost>;
+    const unsigned blocks = kMost == 1 ? grid_size(d, columns) : resident_grid_size(kernel, kSumBlock, d, columns);
+    kernel<<<blocks, kSumBlock, 0, stream>>>(list, map, static_cast<uint32_t>(D), scale, static_cast<uint32_t>(d),
+                                             width, out);
   };
   if (map.ranked()) {  // few positions, so few segments
     launch(std::true_type{}, std::integral_constant<int, 512>{});

@@ -21,7 +21,7 @@
 
 namespace unilora {
 
-constexpr int64_t kLongColumn = 64;  // members a lane of a group takes at most
+constexpr int kLongColumn = 64;  // members a lane of a group takes at most
 
 // Where the pieces are. kMost: how many there may be.
 template <typename T, int kMost>
@@ -61,9 +61,9 @@ template <bool kWeighted, typename T, typename Acc, int kMost>
 __global__ void __launch_bounds__(kSumBlock, (kSumBlocks<T, Acc>))
     segment_sum_kernel(const __grid_constant__ PieceList<T, kMost> list,
                        const Acc* __restrict__ value,  // [n] or null
-                       int64_t n,
+                       uint32_t n,
                        const Acc* __restrict__ scale,  // [d]
-                       int64_t d,
+                       uint32_t d,
                        const int32_t* __restrict__ order,    // [n], packed
                        const int32_t* __restrict__ offsets,  // [d + 1], ascending from 0 to n
                        int width,                            // lanes of a group: 1, 2, 4, 8, 16 or 32
@@ -76,29 +76,33 @@ __global__ void __launch_bounds__(kSumBlock, (kSumBlocks<T, Acc>))
   }
   __syncthreads();
 
-  const auto terms_from = [&](int64_t first) {
+  const auto terms_from = [&](uint32_t first) {
     return ListedTerms<kWeighted, T, Acc, kMost>{pieces, value, order + first};
   };
-  const int64_t columns = kSumBlock / width;  // that a block takes at a time
-  const int group = threadIdx.x / width, lane = threadIdx.x % width;
-  if (grid_begin() == 0) UNILORA_DEVICE_CHECK(offsets[0] == 0 && offsets[d] == n);
+  const auto in_range = [&](uint32_t begin, int size) { return size >= 0 && begin <= n && begin + size <= n; };
+  const uint32_t columns = kSumBlock / width;  // that a block takes at a time
+  const uint32_t group = threadIdx.x / width;
+  const int lane = threadIdx.x % width, longest = kLongColumn * width;
+  if (grid_begin() == 0) UNILORA_DEVICE_CHECK(offsets[0] == 0 && static_cast<uint32_t>(offsets[d]) == n);
 
-  for (int64_t first = blockIdx.x * columns; first < d; first += gridDim.x * columns) {
-    const int64_t j = first + group;
-    int begin = 0, size = 0;
+  for (uint32_t first = blockIdx.x * columns; first < d; first += gridDim.x * columns) {  // below 2^32
+    const uint32_t j = first + group;
+    uint32_t begin = 0;
+    int size = 0;
     if (j < d) {
       begin = offsets[j];
-      size = offsets[j + 1] - begin;
-      UNILORA_DEVICE_CHECK(0 <= begin && 0 <= size && begin + static_cast<int64_t>(size) <= n);
+      size = offsets[j + 1] - static_cast<int>(begin);
+      UNILORA_DEVICE_CHECK(in_range(begin, size));
     }
-    const bool is_long = size > kLongColumn * width;
+    const bool is_long = size > longest;
     const Acc sum = lane_sum(sum_terms<Acc>(terms_from(begin), is_long ? 0 : size, lane, width), width);
     if (lane == 0 && j < d && !is_long) out[j] = scale[j] * sum;
 
     if (!__syncthreads_or(is_long)) continue;
-    for (int64_t c = first; c < d && c < first + columns; ++c) {
-      const int c_begin = offsets[c], c_size = offsets[c + 1] - c_begin;
-      if (c_size <= kLongColumn * width) continue;
+    for (uint32_t c = first; c < d && c < first + columns; ++c) {
+      const uint32_t c_begin = offsets[c];
+      const int c_size = offsets[c + 1] - static_cast<int>(c_begin);
+      if (c_size <= longest) continue;
       const Acc total =
           block_sum(sum_terms<Acc>(terms_from(c_begin), c_size, static_cast<int>(threadIdx.x), kSumBlock));
       if (threadIdx.x == 0) out[c] = scale[c] * total;
@@ -140,8 +144,9 @@ void launch_segment_sum(const std::vector<Piece<T>>& pieces,  // kMaxPieces at m
     const auto kernel =
         value == nullptr ? segment_sum_kernel<false, T, Acc, kMost> : segment_sum_kernel<true, T, Acc, kMost>;
     const unsigned blocks =
-        kMost == 1 ? grid_size(d, kSumBlock / width) : resident_grid_size(d, kSumBlock / width, kSumBlocks<T, Acc>);
-    kernel<<<blocks, kSumBlock, 0, stream>>>(list, value, n, scale, d, order, offsets, width, out);
+        kMost == 1 ? grid_size(d, kSumBlock / width) : resident_grid_size(kernel, kSumBlock, d, kSumBlock / width);
+    kernel<<<blocks, kSumBlock, 0, stream>>>(list, value, static_cast<uint32_t>(n), scale, static_cast<uint32_t>(d),
+                                             order, offsets, width, out);
   };
   if (count <= 1) {
     launch(std::integral_constant<int, 1>{});

@@ -5,11 +5,11 @@
 
 namespace unilora {
 
-constexpr int kSumBlock = 512;
+constexpr int kSumBlock = 256;
 
-// Blocks of a multiprocessor: three leave 40 registers a thread, too few for float64.
+// Blocks of a multiprocessor: 64 registers a thread for float64, else 48.
 template <typename T, typename Acc>
-constexpr int kSumBlocks = sizeof(T) == 8 || sizeof(Acc) == 8 ? 2 : 3;
+constexpr int kSumBlocks = sizeof(T) == 8 || sizeof(Acc) == 8 ? 4 : 5;
 
 // The sum of terms lane, lane + lanes, lane + 2 lanes, ... of `size`, by four sums in turn. Terms: place(k) says where
 // term k is, settle(place) may change four of them, and term(place, inside) is the term, 0 where it is not inside. Four

@@ -3,36 +3,29 @@
 
 using namespace testing;
 
-// h is two TF32 numbers of 11 bits each: what is left of it is below 2^-21, twice that with what the products lose.
-constexpr double kTf32Parts = 0x1p-20;
-
 // `offset`, in elements: of g, h and out in a second launch, which must give the same bits.
 template <typename T, typename Acc>
-void test_outer(std::mt19937_64& generator, const LoraCase& c, int64_t offset = 1) {
+void test_outer(std::mt19937_64& generator, const LoraCase& c, size_t offset = 1) {
   const auto g = random_values<T>(generator, c.tokens * c.columns, c.values);
   const auto h = random_values<Acc>(generator, c.tokens * c.r, c.values);
-  const auto run = [&](int64_t skipped) {
-    const auto behind = [&](auto values) {
-      values.insert(values.begin(), skipped, {});
-      return values;
-    };
-    const Device<T> g_d(behind(g)), out(static_cast<size_t>(skipped + c.r * c.columns));
-    const Device<Acc> h_d(behind(h)), partial(static_cast<size_t>(unilora::outer_scratch(c.tokens, c.columns, c.r)));
-    unilora::launch_outer(g_d.get() + skipped, c.tokens, c.columns, h_d.get() + skipped, c.r, c.scaling(),
-                          partial.get(), out.get() + skipped, c.layout, nullptr);
-    const std::vector<T> got = out.values();
-    return std::vector<T>(got.begin() + skipped, got.end());
+  const auto run = [&](size_t skipped) {
+    const Displaced<T> g_d(g, skipped), out(std::vector<T>(c.r * c.columns), skipped);
+    const Displaced<Acc> h_d(h, skipped);
+    const Device<Acc> partial(static_cast<size_t>(unilora::outer_scratch(c.tokens, c.columns, c.r)));
+    unilora::launch_outer(g_d.get(), c.tokens, c.columns, h_d.get(), c.r, c.scaling(), partial.get(), out.get(),
+                          c.layout, nullptr);
+    return out.values();
   };
   const std::string name = c.name<T>("outer");
   const std::vector<T> got = run(0);
   check(same_bits(got, run(offset)), name + ": two launches differ, the second at offset " + to_string(offset));
-  const double relative = std::is_same_v<T, Acc> ? 0 : kTf32Parts;
   for (int64_t q = 0; q < c.r; ++q) {
     for (int64_t k = 0; k < c.columns; ++k) {
       Sum sum;
       for (int64_t i = 0; i < c.tokens; ++i) sum.add(exact(h[i * c.r + q]) * exact(g[i * c.columns + k]));
+      if (!std::is_same_v<T, Acc>) allow_split(sum);
       const T value = got[c.at(q, k)];
-      const bool good = close<T, Acc>(value, sum, c.scaling(), c.values, relative);
+      const bool good = close<T, Acc>(value, sum, c.scaling(), c.values);
       compare(name, q, k, exact(value), good, c.scaling() * sum.value);
     }
   }
@@ -44,8 +37,8 @@ void test_shapes(std::mt19937_64& generator) {
   const auto values = [&] { return generator() % 2 == 0 ? Values::kReal : Values::kInteger; };
   // aligned rows, several chunks and more than one round of the warps; every set of warps; a last rank tile of one
   for (const int64_t r : {3, 16}) test_outer<T, Acc>(generator, {270, 72, r, layout(), values()});
-  for (const int64_t r : {17, 33, 64, 65}) test_outer<T, Acc>(generator, {140, 40, r, layout(), values()});
-  for (const int64_t r : {1, 4, 40})
+  for (const int64_t r : {17, 33, 65}) test_outer<T, Acc>(generator, {140, 40, r, layout(), values()});
+  for (const int64_t r : {1, 4, 64})
     test_outer<T, Acc>(generator, {37, 136, r, layout(), values()}, (r == 4 ? 16 : 8) / sizeof(T));
 }
 
@@ -99,7 +92,6 @@ void test_large(std::mt19937_64& generator) {
 
 template <typename T, typename Acc>
 void test_type(std::mt19937_64& generator) {
-  for_cases(generator, [&](const LoraCase& c) { test_outer<T, Acc>(generator, c); });
   test_shapes<T, Acc>(generator);
   test_not_finite<T, Acc>(generator, 20, kRankMajor);
   test_not_finite<T, Acc>(generator, 300, kRankMinor);
@@ -107,6 +99,7 @@ void test_type(std::mt19937_64& generator) {
 
 int main(int argc, char** argv) {
   std::mt19937_64 generator(seed_of(argc, argv));
+  for_cases(generator, [&](const LoraCase& c) { test_outer<__nv_bfloat16, float>(generator, c); });
   test_type<float, float>(generator);
   test_type<double, double>(generator);
   test_type<__half, float>(generator);
