@@ -84,25 +84,39 @@ void test_sizes(std::mt19937_64& generator) {
   struct Size {
     int64_t tokens, columns, r;
   };
-  const Size sizes[] = {{0, 40, 3},   {17, 0, 3},    {1, 1, 1},     {1, 136, 4},  {17, 37, 3},
-                        {66, 131, 9}, {20, 264, 16}, {330, 136, 4}, {65, 36, 33}, {70, 128, 64},
-                        {66, 200, 1}, {321, 8, 8},   {321, 8, 65},  {17, 21, 130}};
+  const Size sizes[] = {{0, 40, 3},    {17, 0, 3},   {1, 1, 1},     {1, 136, 4},   {17, 37, 3},
+                        {3, 38, 2},    {66, 131, 9}, {20, 264, 16}, {330, 136, 4}, {65, 36, 33},
+                        {70, 128, 64}, {66, 200, 1}, {321, 8, 8},   {321, 8, 65},  {17, 21, 130}};
   const size_t offsets[][3] = {{0, 0, 0}, {1, 0, 0}, {0, 1, 3}, {4, 2, 4}, {0, 2, 1}, {8, 4, 8}};
-  size_t turn = generator() % 1000;
+  const Before befores[] = {Before::kY, Before::kBias, Before::kNothing};
+  size_t turn = generator() % 6;
   for (const Size& size : sizes) {
     for (const FactorLayout layout : {kRankMajor, kRankMinor}) {
-      if (size.r > 64 && (layout == kRankMajor) != (size.r == 65)) continue;  // the factor is staged once a rank tile
+      if (size.r > 64 && (layout == kRankMajor) != (size.r == 65)) continue;  // rank tiles take long
       for_dtypes([&](auto t, auto acc) {
-        const auto& offset = offsets[turn % 6];
-        const Before before = turn % 2 == 0 ? Before::kY : turn % 4 == 1 ? Before::kBias : Before::kNothing;
-        const Values values = turn % 7 < 3 ? Values::kInteger : Values::kReal;
-        turn += 1 + generator() % 2;
+        const auto& offset = offsets[turn++ % 6];
+        const Before before = befores[generator() % 3];
+        const Values values = generator() % 2 == 0 ? Values::kInteger : Values::kReal;
         Update<decltype(t), decltype(acc)>(
             generator, {{size.tokens, size.columns, size.r, layout, values}, before, offset[0], offset[1], offset[2]})
             .check_all();
       });
     }
   }
+}
+
+// One matrix off its alignment at a time.
+void test_offsets(std::mt19937_64& generator) {
+  for_dtypes([&](auto t, auto acc) {
+    for (const size_t offset : {1, 2, 4}) {
+      for (const Before before : {Before::kY, Before::kBias}) {
+        const LoraCase sizes = {18, 72, 4, offset == 2 ? kRankMajor : kRankMinor, Values::kReal};
+        Update<decltype(t), decltype(acc)>(generator, {sizes, before, offset, 0, 0}).check_all();
+        Update<decltype(t), decltype(acc)>(generator, {sizes, before, 0, offset, 0}).check_all();
+        Update<decltype(t), decltype(acc)>(generator, {sizes, before, 0, 0, offset}).check_all();
+      }
+    }
+  });
 }
 
 // y = -(s h factor), rounded: what is left after the update is as small as the products' errors.
@@ -177,6 +191,7 @@ void test_large(std::mt19937_64& generator) {
 int main(int argc, char** argv) {
   std::mt19937_64 generator(seed_of(argc, argv));
   test_sizes(generator);
+  test_offsets(generator);
   test_cancelling(generator);
   test_not_finite(generator);
 #ifndef CUDAHOST
