@@ -102,9 +102,9 @@ void test_computed(std::mt19937_64& generator) {
   const uint64_t seed = generator() >> 1;
   const std::vector<std::vector<unilora::RowRange>> cases{
       {}, {{3, 3}}, {{0, 4096}}, {{5, 4110}}, {{4, 2053}}, {{7, 1000}, {1003, 1005}, {10, 10}, {0, 3}, {2000, 4111}}};
-  std::vector<unilora::RowRange> many;  // more than a launch takes, of 0 to 15 rows
+  std::vector<unilora::RowRange> many;  // more than a launch takes, of 0 to 31 rows
   for (int64_t start = 0; many.size() < 300; start += 13)
-    many.push_back({start, start + static_cast<int64_t>(generator() % 16)});
+    many.push_back({start, start + static_cast<int64_t>(generator() % 32)});
   const auto test = [&](const std::vector<unilora::RowRange>& ranges, int64_t D) {
     test_seeded<T, Acc>(generator, "uniform", unilora::UniformMap{300, seed}, 300, ranges);
     test_seeded<T, Acc>(generator, "balanced", unilora::BalancedMap(1, static_cast<uint32_t>(D), 100, seed), 100,
