@@ -21,13 +21,6 @@ namespace unilora {
 constexpr int64_t kFewTokens = 8;  // the most that launch_few takes
 constexpr int kFewColumns = 128, kFewRanks = 16, kFewBlocks = 128;
 
-// Whether one launch is expected to take less time than dot and rank_update, which deal A to several blocks
-template <typename T>
-bool few_pays(int64_t tokens, int64_t n, int64_t r) {
-  constexpr int64_t kBytes = 256 * 1024;  // of A, about 6 us
-  return tokens <= kFewTokens && r * n * static_cast<int64_t>(sizeof(T)) <= kBytes;
-}
-
 // Elements p[0] to p[n - 1] into L2, by the whole block
 template <int kBlock, typename T>
 __device__ __forceinline__ void prefetch_l2(const T* p, int64_t n) {
