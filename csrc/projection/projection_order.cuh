@@ -60,8 +60,7 @@ static __global__ void __launch_bounds__(kSortBlock)
     }
     __syncthreads();
     for (int digit = static_cast<int>(threadIdx.x); digit < pass.digits; digit += kSortBlock)
-      counts[digit * pass.tiles + tile] = count[digit];
-    __syncthreads();
+      counts[digit * pass.tiles + tile] = count[digit];  // and cleared by the same thread
   }
 }
 
