@@ -7,7 +7,7 @@
 // positions with smaller digits, those of its digit in earlier tiles, and its rank in its own. Then a binary search for
 // each column gives offsets, and where there are pieces, positions become entries.
 // Bytes: a pass reads the index twice (4 n in the first pass; one random sector an element each time in later ones),
-// the positions twice (8 n) and writes them (4 n, one random sector an element). Scratch: 4 n, n / 4 or less for the
+// the positions twice (8 n) and writes them (4 n, one random sector an element). Scratch: 4 n, n / 8 or less for the
 // counts. Determinism: places are counted, not raced for: atomics add integers only.
 #pragma once
 
@@ -60,8 +60,7 @@ static __global__ void __launch_bounds__(kSortBlock)
     }
     __syncthreads();
     for (int digit = static_cast<int>(threadIdx.x); digit < pass.digits; digit += kSortBlock)
-      counts[digit * pass.tiles + tile] = count[digit];
-    __syncthreads();
+      counts[digit * pass.tiles + tile] = count[digit];  // and cleared by the same thread
   }
 }
 

@@ -37,6 +37,20 @@ void test_many_columns(std::mt19937_64& generator) {
   check(order.values() == wanted, "sorted_positions: d " + to_string(shape.d));
 }
 
+// More tiles than a block has threads.
+void test_sum_counts(std::mt19937_64& generator) {
+  constexpr int64_t digits = 5, tiles = 2 * unilora::kSortBlock + 77;
+  std::vector<int32_t> counts(digits * tiles), wanted(digits * tiles), wanted_totals(digits);
+  for (int64_t k = 0; k < digits * tiles; ++k) {
+    counts[k] = static_cast<int32_t>(generator() % 1000);
+    wanted[k] = wanted_totals[k / tiles];
+    wanted_totals[k / tiles] += counts[k];
+  }
+  const Device<int32_t> counts_d(counts), totals(digits);
+  unilora::sum_counts_kernel<<<2, unilora::kSortBlock>>>(counts_d.get(), digits, tiles, totals.get());
+  check(counts_d.values() == wanted && totals.values() == wanted_totals, "sum_counts");
+}
+
 void test_out_of_range() {
   const auto sort = [](int32_t column) {
     const Device<int32_t> index(std::vector<int32_t>{1, column}), order(2);
@@ -57,5 +71,6 @@ int main(int argc, char** argv) {
   for (const Shape& shape : shapes) test_order(generator, shape, 1 + static_cast<int64_t>(generator() % 9));
   for (const int64_t pieces : {1, 2, 3, 64, 65, 1024}) test_order(generator, {1501, 500}, pieces);
   test_many_columns(generator);
+  test_sum_counts(generator);
   return finish();
 }

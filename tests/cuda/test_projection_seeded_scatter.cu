@@ -49,6 +49,7 @@ void test_balanced(std::mt19937_64& generator) {
       test_seeded<T, Acc>(generator, version, D, size.d, {{D / 2, D}, {0, D / 5}, {D / 3, D / 3}}, 3, values);
     }
   }
+  test_seeded<T, Acc>(generator, 1, 8300, 4, {{0, 8300}}, 2, Values::kInteger);  // two columns a block
   test_seeded<T, Acc>(generator, 1, 3001, 300, {{1, 3001}}, 700, Values::kInteger);
   test_seeded<T, Acc>(generator, 2, 3001, 300, {{1, 3000}}, 500, Values::kInteger);
 }

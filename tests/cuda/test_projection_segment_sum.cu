@@ -35,8 +35,9 @@ void test_segment_sum(std::mt19937_64& generator, const Shape& shape, Values val
 
 template <typename T, typename Acc>
 void test_stored(std::mt19937_64& generator) {
-  // D = 0; one element; d = 1, which a whole block sums; d > D; few and many members a column; widths 1 to 32
-  const Shape shapes[] = {{0, 5}, {1, 1}, {2701, 1}, {17, 301}, {1021, 333}, {999, 101}, {801, 9}, {777, 300, true}};
+  // D = 0; one element; d = 1 and 2, which a whole block sums; d > D; few and many members a column; widths 1 to 32
+  const Shape shapes[] = {{0, 5},     {1, 1},   {2701, 1},        {17, 301}, {1021, 333},
+                          {999, 101}, {801, 9}, {777, 300, true}, {5000, 2}};
   for (const Shape& shape : shapes) {
     for (const bool weighted : {false, true}) {
       const int64_t pieces[] = {1, 2, 7, 64, 65, 200};
@@ -63,6 +64,26 @@ void test_not_finite() {
   check(got[0] == 3 && got[1] == -inf && got[2] != got[2] && got[3] != got[3], "segment_sum: inf and NaN");
 }
 
+// The last offset of the last of most pieces: all bits of an entry.
+void test_largest_entry() {
+  const unilora::PiecePacking packing(unilora::kMaxPieces);
+  const auto length = static_cast<size_t>(packing.largest());
+  std::vector<__nv_bfloat16> values(length, rounded<__nv_bfloat16>(0));
+  values.front() = rounded<__nv_bfloat16>(1);
+  values.back() = rounded<__nv_bfloat16>(2);
+  const Device<__nv_bfloat16> grad(values);
+  std::vector<unilora::Piece<__nv_bfloat16>> pieces(unilora::kMaxPieces, {grad.get(), 0});
+  pieces.back().length = packing.largest();
+  const auto last = static_cast<uint32_t>(unilora::kMaxPieces - 1), end = static_cast<uint32_t>(length - 1);
+  const Device<int32_t> order(
+      std::vector<int32_t>{static_cast<int32_t>(packing.pack(last, 0)), static_cast<int32_t>(packing.pack(last, end))});
+  const Device<int32_t> offsets(std::vector<int32_t>{0, 1, 2});
+  const Device<float> scale(std::vector<float>{1, 1}), out(2);
+  const float* no_value = nullptr;
+  unilora::launch_segment_sum(pieces, no_value, 2, scale.get(), 2, order.get(), offsets.get(), out.get(), nullptr);
+  check(out.values() == std::vector<float>{1, 2}, "segment_sum: the largest entry");
+}
+
 // ---- offsets out of range -----------------------------------------------------------------------------------
 
 void test_out_of_range() {
@@ -85,6 +106,7 @@ int main(int argc, char** argv) {
   std::mt19937_64 generator(seed_of(argc, argv));
   test_out_of_range();
   test_not_finite();
+  test_largest_entry();
   test_stored<float, float>(generator);
   test_stored<double, double>(generator);
   test_stored<__half, float>(generator);
