@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(Dot::kThreads, 512 / Dot::kThreads)
   }
 }
 
-// body(Dot) with tiles for `ranks`, kTall: of twice as many rows where registers allow
+// body(Dot) with tiles for `ranks`, up to 64 in 16 bits, kTall: of twice as many rows. Where registers do not allow it,
+// with fewer of either.
 template <typename T, FactorLayout kLayout, bool kTall, typename Body>
 void with_dot(const T* x, int64_t columns, const T* factor, int64_t r, int64_t ranks, const Body& body) {
   const auto either = [&](auto wide, auto narrow) {
@@ -127,7 +128,9 @@ void with_dot(const T* x, int64_t columns, const T* factor, int64_t r, int64_t r
   if constexpr (sizeof(T) == 2) {
     const auto with = [&](auto rank_tiles) {
       constexpr int kRankTiles = decltype(rank_tiles)::value;
-      either(DotMma<T, kLayout, kTiles, kRankTiles, true>{}, DotMma<T, kLayout, 1, kRankTiles, false>{});
+      constexpr int kLowTiles = kRankTiles < 4 ? kRankTiles : 4;
+      either(DotMma<T, kLayout, kTiles, kTall ? kRankTiles : kLowTiles, true>{},
+             DotMma<T, kLayout, 1, kLowTiles, false>{});
     };
     if (ranks <= 8) {
       with(std::integral_constant<int, 1>{});

@@ -31,16 +31,18 @@ struct DotMma {
   static constexpr bool kRankMajor = kLayout == FactorLayout::kRankMajor;
 
   // What a lane holds of a chunk. Where sums, x and the whole factor are too much for 128 registers, the factor comes
-  // in two parts, each loaded ahead of its products only; otherwise as many chunks are under way as fit.
-  static constexpr int kSums = 4 * kRowTiles * kRankTiles, kParts = kSums < 64 && (kWide || kRankTiles < 8) ? 1 : 2,
-                       kPartTiles = kRankTiles / kParts;
+  // in parts, each loaded ahead of its products only; otherwise as many chunks are under way as fit.
+  static constexpr int kSums = 4 * kRowTiles * kRankTiles;
+  static constexpr int kParts = !kWide ? (kRankTiles + 1) / 2 : kRankTiles < 8 ? 1 : 2;
+  static constexpr int kPartTiles = kRankTiles / kParts;
   static constexpr int kPieces = kRankMajor ? kPartTiles : 8, kPieceWords = kRankMajor ? 4 : (kPartTiles + 1) / 2;
   struct Stage {
     uint32_t x[2 * kRowTiles][4];
     uint32_t factor[kPieces][kPieceWords];
   };
-  static constexpr int kStagesThatFit = (96 - kSums) / (8 * kRowTiles + kPieces * kPieceWords);
-  static constexpr int kStages = !kWide ? 1 : kStagesThatFit < 4 ? kStagesThatFit : 4;
+  static constexpr int kRegisters = kRankMajor && kRowTiles == 2 ? 96 : 80;  // for sums and chunks
+  static constexpr int kStagesThatFit = (kRegisters - kSums) / (8 * kRowTiles + kPieces * kPieceWords);
+  static constexpr int kStages = !kWide || kParts > 1 ? 1 : kStagesThatFit < 4 ? kStagesThatFit : 4;
 
   // Eight numbers of a row, two a register; zero from `left` on.
   static __device__ __forceinline__ void load_eight(uint32_t (&words)[4], const T* p, int left) {
