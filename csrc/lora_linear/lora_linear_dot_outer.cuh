@@ -9,7 +9,7 @@
 // of u are added through shared memory at each step. A second kernel adds u over the tiles of columns and out over the
 // chunks.
 // Bytes: g once, h and u, tokens r sizeof(float) each, factor and out, and partial sums that stay in L2:
-// written and read again, 4 r (1 / 512 + 1 / rows of a chunk) of g. Of 4096 x 4096: 32 chunks of 128 rows, 16 % at
+// written and read again, 4 r (1 / 512 + 1 / rows of a chunk) of g. Of 4096 x 4096: 32 chunks of 128 rows, 19 % at
 // r = 4 (u's are held for 8 or 16 ranks), 63 % at r = 16; a second read of g would be 100 % of HBM's. At r = 64 they
 // would be 250 %: above 16 ranks, and for float and double, whose matrices are twice and four times as long, the
 // kernels of `dot` and `outer` run one after the other.
