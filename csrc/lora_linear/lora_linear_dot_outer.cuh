@@ -9,7 +9,7 @@
 // of u are added through shared memory at each step. A second kernel adds u over the tiles of columns and out over the
 // chunks.
 // Bytes: g once, h and u, tokens r sizeof(float) each, factor and out, and partial sums that stay in L2:
-// written and read again, 4 r (1 / 512 + 1 / rows of a chunk) of g. Of 4096 x 4096: 32 chunks of 128 rows, 16 % at
+// written and read again, 4 r (1 / 512 + 1 / rows of a chunk) of g. Of 4096 x 4096: 32 chunks of 128 rows, 19 % at
 // r = 4 (u's are held for 8 or 16 ranks), 63 % at r = 16; a second read of g would be 100 % of HBM's. At r = 64 they
 // would be 250 %: above 16 ranks, and for float and double, whose matrices are twice and four times as long, the
 // kernels of `dot` and `outer` run one after the other.
@@ -58,8 +58,9 @@ struct DotOuter {
 __device__ __forceinline__ int staged(int row, int piece) { return row * kOuterColumns + 8 * (piece ^ row % 8); }
 
 // The factor's right-hand fragments for the warp's 64 columns, [columns / 16][ranks / 8][register], through `tile`,
-// [ranks][block's columns]. The whole block calls it. Pairs of columns are exchanged so that neighbouring ranks, which
-// are written together, and the 8 ranks x 4 pairs that a fragment reads, lie in different banks.
+// [ranks][block's columns]. The whole block calls it, and waits twice. Pairs of columns are exchanged so that
+// neighbouring ranks, which are written together, and the 8 ranks x 4 pairs that a fragment reads, lie in different
+// banks.
 template <int kOctets, typename T>
 __device__ __forceinline__ void load_factor_fragments(const DotOuter<T>& p, int64_t block_column, T* tile,
                                                       uint32_t (&fragment)[4][kOctets][2]) {
@@ -173,7 +174,6 @@ __global__ void __launch_bounds__(kOuterBlock, 2) dot_outer_kernel(DotOuter<T> p
         if (row < rows) p.u_partial[(column_tile * o.tokens + begin + row) * kRanks + q] = total;
       }
     }
-    __syncthreads();  // before the next tile's first step writes what the last one reads
 
     const int64_t pitch = partial_pitch(o.columns);
 #pragma unroll
