@@ -219,6 +219,56 @@ def _family() -> list[str]:
     return lines
 
 
+def _model() -> list[str]:
+    document = json.loads((RESULTS / "model-h100.json").read_text())
+    rows = document["rows"]
+    ranks = sorted({row["r"] for row in rows if row["what"] == "kernel"})
+    of_ranks = " | ".join(f"r = {r}" for r in ranks)
+    lines = [
+        "A model's figures, for an H100 and bfloat16; none was measured. us, and what binds.",
+        "",
+        f"| a kernel, 4,096 x 4,096 numbers | {of_ranks} |",
+        f"| --- |{' --- |' * len(ranks)}",
+    ]
+    for name in dict.fromkeys(row["kernel"] for row in rows if row["what"] == "kernel"):
+        own = [_pick(rows, what="kernel", kernel=name, r=r) for r in ranks]
+        bounds = [max(row["launches"], key=lambda launch: launch["us"])["bound"] for row in own]
+        cells = " | ".join(f"{row['us']:.0f} ({bound})" for row, bound in zip(own, bounds, strict=True))
+        lines.append(f"| `{name}` | {cells} |")
+    for name in ("project", "project_transpose"):
+        row = _pick(rows, what=name)
+        kernels = ", ".join(f"{launch['kernel']} {launch['us']:.0f} ({launch['bound']})" for launch in row["launches"])
+        lines.append(f"| `{name}`, all of {row['model']} | {kernels} |{' |' * (len(ranks) - 1)}")
+    layers = [row for row in rows if row["what"] == "forward"]
+    passes = [(name, first) for name in ("forward", "backward") for first in (False, True)]
+    heads = " | ".join(f"{name}, update {'first' if first else 'after'}" for name, first in passes)
+    lines += ["", f"| a layer over the frozen one | tokens | r | frozen | {heads} |", f"|{' --- |' * 8}"]
+    for m, n, tokens, r in dict.fromkeys((row["m"], row["n"], row["tokens"], row["r"]) for row in layers):
+        own = [_pick(rows, what=name, m=m, n=n, tokens=tokens, r=r, update_first=first) for name, first in passes]
+        cells = " | ".join(f"{row['ratio']:.2f} x" for row in own)
+        lines.append(f"| {m} x {n} | {tokens:,} | {r} | {own[0]['frozen_us']:,.0f} us | {cells} |")
+    lines += [
+        "",
+        "| the linear layers of Llama2-7B, one token | launches | eager | CUDA graph |",
+        "| --- | --- | --- | --- |",
+    ]
+    tokens = [row for row in rows if row["what"] == "decode"]
+    frozen = tokens[0]
+    lines.append(
+        f"| frozen | {frozen['frozen_launches']} | {frozen['frozen_eager_ms']:.1f} ms "
+        f"| {frozen['frozen_graph_ms']:.1f} ms |"
+    )
+    lines += [
+        f"| r = {row['r']} | {row['launches']} | {row['eager_ms']:.1f} ms | {row['graph_ms']:.1f} ms |"
+        for row in tokens
+    ]
+    lines += ["", "| assumed | | |", "| --- | --- | --- |"]
+    for x in document["assumptions"]:
+        value = f"{x['value']:g} {x['unit']}".strip()
+        lines.append(f"| {x['name']} | {value} | {x['what']} |")
+    return lines
+
+
 TABLES = {
     "demo": ("demo.json", _demo),
     "decoder": ("decoder.json", _decoder),
@@ -226,5 +276,6 @@ TABLES = {
     "cpu": ("projection-cpu.json", _cpu),
     "family": ("family-cpu.json", _family),
     "peft": ("projection-cpu.json", _peft),
+    "model": ("model-h100.json", _model),
 }
 """By name: the file in results/ that must be there, and what writes the lines."""

@@ -42,11 +42,26 @@ constexpr size_t kMargin = 0;
 constexpr size_t kMargin = 256;
 #endif
 
+#ifdef CUDAHOST
+// An emulator may watch shared memory only in blocks that are no larger than the first one launched.
+static __global__ void widest_block_kernel() {}
+inline void launch_widest_block() {
+  static const bool launched = [] {
+    widest_block_kernel<<<1, 1024>>>();
+    return true;
+  }();
+  (void)launched;
+}
+#else
+inline void launch_widest_block() {}
+#endif
+
 // Device copy of a vector, or n elements of garbage (NaN, -1). T: any trivially copyable type.
 template <typename T>
 class Device {
  public:
   explicit Device(size_t n) : n_(n) {
+    launch_widest_block();
     CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&p_), bytes() + kMargin));
     CUDA_CHECK(cudaMemset(p_, 0xFF, bytes() + kMargin));
   }
