@@ -129,7 +129,8 @@ void with_dot(const T* x, int64_t columns, const T* factor, int64_t r, int64_t r
     const auto with = [&](auto rank_tiles) {
       constexpr int kRankTiles = decltype(rank_tiles)::value;
       constexpr int kLowTiles = kRankTiles < 4 ? kRankTiles : 4;
-      either(DotMma<T, kLayout, kTiles, kTall ? kRankTiles : kLowTiles, true>{},
+      constexpr bool kFits = kRankTiles < 8 || kLayout == FactorLayout::kRankMajor;  // two tiles of rows, in registers
+      either(DotMma<T, kLayout, kFits ? kTiles : 1, kTall ? kRankTiles : kLowTiles, true>{},
              DotMma<T, kLayout, 1, kLowTiles, false>{});
     };
     if (ranks <= 8) {

@@ -33,7 +33,7 @@ struct DotMma {
   // What a lane holds of a chunk. Where sums, x and the whole factor are too much for 128 registers, the factor comes
   // in parts, each loaded ahead of its products only; otherwise as many chunks are under way as fit.
   static constexpr int kSums = 4 * kRowTiles * kRankTiles;
-  static constexpr int kParts = !kWide ? (kRankTiles + 1) / 2 : kRankTiles < 8 ? 1 : 2;
+  static constexpr int kParts = !kWide ? (kRankTiles + 1) / 2 : kRankTiles < 8 ? 1 : kRankMajor ? 2 : 4;
   static constexpr int kPartTiles = kRankTiles / kParts;
   static constexpr int kPieces = kRankMajor ? kPartTiles : 8, kPieceWords = kRankMajor ? 4 : (kPartTiles + 1) / 2;
   struct Stage {
