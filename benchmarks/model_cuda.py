@@ -130,13 +130,13 @@ def ceil_div(a: int, b: int) -> int:
 # ---- the kernels of the LoRA matmul, bfloat16 ---------------------------------------------------------------------
 
 
-def dot(tokens: int, columns: int, r: int) -> Launch:
-    """out = x factor^T: a block has 16 or 32 rows and up to 64 ranks; its 16 warps share the columns, 32 at a time,
-    with as many chunks in flight as registers hold."""
+def dot(tokens: int, columns: int, r: int, of_B: bool = False) -> Launch:
+    """out = x factor^T, A or B: a block has 16 or 32 rows and up to 64 ranks; its 16 warps share the columns, 32 at a
+    time, with as many chunks in flight as registers hold."""
     ranks = next(x for x in (8, 16, 32, 64) if x >= min(r, 64))
     while ranks > 8 and ceil_div(tokens, 16) * ceil_div(r, ranks) < 128:
         ranks //= 2
-    rows, stages = (32 if tokens > 2048 else 16), {8: 4, 16: 3, 32: 2, 64: 1}[ranks]
+    rows, stages = (32 if tokens > 2048 and not (of_B and ranks == 64) else 16), {8: 4, 16: 3, 32: 2, 64: 1}[ranks]
     rank_tiles = ceil_div(r, ranks)
     blocks = ceil_div(tokens, rows) * rank_tiles
     x, out = 2 * tokens * columns, 4 * tokens * r
@@ -219,7 +219,7 @@ def dot_and_outer(tokens: int, columns: int, r: int) -> list[Launch]:
     """u and out from one read of g for r <= 16: a block has a chunk of the rows and 512 columns, copied one step of 16
     rows ahead. A second kernel adds u over the column tiles and out over the chunks."""
     if r > 16:
-        return [dot(tokens, columns, r), *outer(tokens, columns, r)]
+        return [dot(tokens, columns, r, of_B=True), *outer(tokens, columns, r)]
     ranks, tiles = (8 if r <= 8 else 16), ceil_div(columns, 512)
     chunks = min(max(264 // tiles, 1), ceil_div(tokens, 64))
     steps = ceil_div(ceil_div(tokens, chunks), 16)
@@ -328,7 +328,7 @@ def project_transpose(model: Model) -> list[Launch]:
     width = 1
     while width < 32 and width * 4 * d < D:
         width *= 2
-    columns = 512 // width
+    columns = 256 // width
     batches = ceil_div(ceil_div(D, d), 4 * width)
     return [
         Launch(
@@ -337,7 +337,7 @@ def project_transpose(model: Model) -> list[Launch]:
             l2=32 * D + 4 * D + 12 * d,
             instructions=16 * D / 32,
             blocks=ceil_div(d, columns),
-            resident=resident_blocks(512, 40, 12360),
+            resident=resident_blocks(256, 48, 12360),
             waits=2 * given("HBM latency") + batches * (given("HBM latency") + given("L2 latency")),
         )
     ]

@@ -68,7 +68,9 @@ int main(int argc, char** argv) {
   run<__half>(generator, index, map);
   run<float>(generator, index, map);
 
-  const Device<int32_t> index_d(index), order(D), offsets(d + 1);
+  const Device<int32_t> index_d(index), made(D), order(D), offsets(d + 1);
+  unilora::launch_index(made.get(), D, unilora::UniformMap{d, 7}, 0, nullptr);
+  unilora::launch_index(made.get(), D, map, 0, nullptr);
   const Device<char> scratch(static_cast<size_t>(unilora::sorted_positions_scratch(D, d)));
   unilora::launch_column_members(index_d.get(), D, d, lengths_of(kPieces), scratch.get(), order.get(), offsets.get(),
                                  nullptr);
