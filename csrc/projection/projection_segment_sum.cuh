@@ -1,17 +1,15 @@
 // Segment-sum: out[j] = scale[j] * sum of value[i] * grad[i] over the members i of column j, which
 // order[offsets[j]], ..., order[offsets[j + 1] - 1] list by ascending position (projection_order.cuh).
 //
-// Work: a group of `width` lanes owns a column. Lane l takes the members l, l + width, l + 2 width, ... (`order` is
-// read in whole sectors), four at a time: their entries are loaded, then their gradients, then they are added; then the
-// lanes are added by a fixed tree. A column with more than kLongColumn members a lane is left to the whole block, in
-// the same way: one crowded column does not hold up the rest.
-// The gradient comes in pieces: an entry of `order` is (piece, offset), and where the pieces are travels as a kernel
-// argument, which each block copies to shared memory, since lanes look up different pieces. With one piece there is no
-// table.
-// Bytes: order 4 n, offsets 4 d, scale and out 2 d sizeof(Acc), and one random sector of `grad` an element, and of
-// `value` where it is.
-// Determinism: width follows from n and d; who adds what, and in which order, from these and the
-// length of the column. No atomics. A column without members gives 0.
+// Work: a group of `width` lanes owns a column. Lane l takes the members l, l + width, l + 2 width, ..., counted from
+// where a sector of `order` begins, four at a time: their entries are loaded, then their gradients, then they are
+// added; then the lanes are added by a fixed tree. A column with more than kLongColumn members a lane is left to the
+// whole block, in the same way: one crowded column does not hold up the rest. The gradient comes in pieces: an entry of
+// `order` is (piece, offset), and where the pieces are travels as a kernel argument, which each block copies to shared
+// memory, since lanes look up different pieces. With one piece there is no table. Bytes: order 4 n, offsets 4 d, scale
+// and out 2 d sizeof(Acc), and one random sector of `grad` an element, and of `value` where it is. Determinism: width
+// follows from n and d; who adds what, and in which order, from these and the column's offsets. No atomics. A column
+// without members gives 0.
 #pragma once
 
 #include <vector>
@@ -21,7 +19,8 @@
 
 namespace unilora {
 
-constexpr int kLongColumn = 64;  // members a lane of a group takes at most
+constexpr int kLongColumn = 64;    // members a lane of a group takes at most
+constexpr int kSectorEntries = 8;  // of `order`: a group of as many lanes reads whole sectors
 
 // Where the pieces are. kMost: how many there may be.
 template <typename T, int kMost>
@@ -95,7 +94,8 @@ __global__ void __launch_bounds__(kSumBlock, (kSumBlocks<T, Acc>))
       UNILORA_DEVICE_CHECK(in_range(begin, size));
     }
     const bool is_long = size > longest;
-    const Acc sum = lane_sum(sum_terms<Acc>(terms_from(begin), is_long ? 0 : size, lane, width), width);
+    const int lead = static_cast<int>(begin) & (min(width, kSectorEntries) - 1);
+    const Acc sum = lane_sum(sum_terms<Acc>(terms_from(begin), is_long ? 0 : size, lane, width, lead), width);
     if (lane == 0 && j < d && !is_long) out[j] = scale[j] * sum;
 
     if (!__syncthreads_or(is_long)) continue;
