@@ -19,7 +19,7 @@ constexpr int kSumBlocks = sizeof(T) == 8 || sizeof(Acc) == 8 ? 4 : 5;
 template <typename Acc, typename Terms>
 __device__ __forceinline__ Acc sum_terms(const Terms& terms, int size, int lane, int lanes, int lead = 0) {
   Acc sum[4] = {0, 0, 0, 0};
-  for (int k = lane - lead; k < size; k += 4 * lanes) {
+  for (int k = size > 0 ? lane - lead : 0; k < size; k += 4 * lanes) {
     uint32_t place[4];
     Acc term[4];
 #pragma unroll

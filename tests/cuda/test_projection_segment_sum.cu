@@ -50,6 +50,25 @@ void test_stored(std::mt19937_64& generator) {
   test_segment_sum<T, Acc>(generator, {1500, 77}, Values::kInteger, true, 1024);
 }
 
+// Columns without members behind the last that has any, or before a long one: nothing is read for them.
+void test_empty_columns(std::mt19937_64& generator) {
+  for (const int32_t full : {0, 6}) {
+    for (const int64_t n : {37, 61, 4001}) {
+      const auto grad = random_values<float>(generator, n, Values::kInteger);
+      const Members members(std::vector<int32_t>(static_cast<size_t>(n), full), 7, {n});
+      const DevicePieces<float> grads(grad, {n});
+      const Device<float> scale(std::vector<float>(7, 1.0f)), out(7);
+      const Device<int32_t> order(members.order), offsets(members.offsets);
+      const float* no_value = nullptr;
+      unilora::launch_segment_sum(grads.list, no_value, n, scale.get(), 7, order.get(), offsets.get(), out.get(),
+                                  nullptr);
+      std::vector<float> wanted(7);
+      for (const float g : grad) wanted[full] += g;
+      check(out.values() == wanted, "segment_sum: " + to_string(n) + " members, all in column " + to_string(full));
+    }
+  }
+}
+
 // inf and NaN reach the sums of their columns, and no other.
 void test_not_finite() {
   const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
@@ -105,6 +124,7 @@ void test_out_of_range() {
 int main(int argc, char** argv) {
   std::mt19937_64 generator(seed_of(argc, argv));
   test_out_of_range();
+  test_empty_columns(generator);
   test_not_finite();
   test_largest_entry();
   test_stored<float, float>(generator);
