@@ -199,6 +199,29 @@ def test_the_graph_projects_in_the_dtype_of_the_layers(autocast):
     assert sorted(dtypes, key=str) == ([torch.bfloat16] if autocast else [torch.float32, torch.float64])
 
 
+def test_a_part_without_autocast_in_a_graph_with_it():
+    """Its factors are not those that were rounded for the others."""
+
+    class Whole(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return self.block(x.float())
+
+    model, x = Tower(), tokens()
+    model.blocks[1] = Whole(model.blocks[1])
+    adapter = ul.attach(model, CONFIG)
+    with torch.no_grad():
+        adapter.theta_d.normal_()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+
+
 class Float64(torch.nn.Module):
     def __init__(self, block):
         super().__init__()

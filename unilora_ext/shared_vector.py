@@ -226,8 +226,11 @@ class SharedVector(nn.Module):
         model, :meth:`begin` has projected for all; nothing is changed here, which checkpointed parts may not do."""
         slot = self.slots[slot_id]
         if self._traced is not None and slot_id in self._traced and device == self.theta_d.device:
-            # In another dtype than the layer was expected to ask for: rounded from that of the sums, the same numbers.
-            return slot.update([matrix.to(dtype) for matrix in self._traced[slot_id]], self.scaling)
+            matrices = self._traced[slot_id]
+            # From the dtype of the sums, rounding to the layer's gives what the operator would; from another, it would
+            # round twice, or not be undone.
+            if matrices[0].dtype in (dtype, accumulator_dtype(self.theta_d.dtype)):
+                return slot.update([matrix.to(dtype) for matrix in matrices], self.scaling)
         return self.fresh_update(slot_id, device, dtype, slot)
 
     def _trace_all(self, model: nn.Module) -> dict[int, Sequence[Tensor]]:
