@@ -218,28 +218,6 @@ def test_non_contiguous_and_half_inputs(device):
     assert half.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("D", "d"), [(0, 3), *SIZES])
-def test_column_members(device, threads, D, d):
-    """To the bit, of one piece and of several, empty ones among them; where all rows are in one column, too."""
-    for index in (torch.randint(0, d, (D,)), torch.full((D,), d - 1)):
-        index = index.to(device, torch.int32)
-        for lengths in ([D], [0, D], [D // 3, 0, D - D // 3], [1] * min(D, 1000) + [D - min(D, 1000)]):
-            expected = reference.column_members(index, d, lengths)
-            for count in (1, 2):
-                threads(count)
-                got = ops.column_members(index, d, lengths)
-                assert all(map(torch.equal, got, expected)), lengths
-
-
-def test_members_are_kept_for_the_last_pieces(device):
-    rows = ul.UniformProjection(300, 17, seed=1).restrict(device)
-    of_one = rows.members()
-    assert rows.members([300])[0] is of_one[0] and rows.members([100, 200])[0] is not of_one[0]
-    for lengths in ([300], [100, 200]):
-        got, expected = rows.members(lengths), reference.column_members(rows.index, 17, lengths)
-        assert all(map(torch.equal, got, expected))
-
-
 def cut(g_D):
     """Pieces of uneven lengths, an empty one and a matrix among them."""
     return g_D[:5], g_D[5:5], g_D[5:17].view(3, 4), g_D[17:]

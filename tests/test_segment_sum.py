@@ -1,4 +1,5 @@
-"""The transpose by segment sums, which CUDA has, on the CPU: eager, in graphs that are compiled, and exported ones."""
+"""The members of columns, and the transpose by sums over them, which CUDA has, on the CPU: eager, in graphs that are
+compiled, and exported ones."""
 
 import pytest
 import torch
@@ -6,7 +7,30 @@ from models import Tower, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unilora_ext as ul
+from unilora_ext import reference
 from unilora_ext.projections.indexed import IndexedRows
+
+
+@pytest.mark.parametrize(("D", "d"), [(0, 3), (1, 1), (5, 9), (1000, 1), (1003, 17), (9001, 300)])
+def test_column_members(device, threads, D, d):
+    """To the bit, of one piece and of several, empty ones among them; where all rows are in one column, too."""
+    for index in (torch.randint(0, d, (D,)), torch.full((D,), d - 1)):
+        index = index.to(device, torch.int32)
+        for lengths in ([D], [0, D], [D // 3, 0, D - D // 3], [1] * min(D, 1000) + [D - min(D, 1000)]):
+            expected = reference.column_members(index, d, lengths)
+            for count in (1, 2):
+                threads(count)
+                got = torch.ops.unilora.column_members(index, d, lengths)
+                assert all(map(torch.equal, got, expected)), lengths
+
+
+def test_members_are_kept_for_the_last_pieces(device):
+    rows = ul.UniformProjection(300, 17, seed=1).restrict(device)
+    of_one = rows.members()
+    assert rows.members([300])[0] is of_one[0] and rows.members([100, 200])[0] is not of_one[0]
+    for lengths in ([300], [100, 200]):
+        got, expected = rows.members(lengths), reference.column_members(rows.index, 17, lengths)
+        assert all(map(torch.equal, got, expected))
 
 
 class Calls(TorchDispatchMode):
