@@ -314,7 +314,8 @@ def ordinary(make: Callable[[], _Made]) -> _Made:
 
 
 def kept(device: torch.device, make: Callable[[], _Made]) -> _Made:
-    """What `make` makes on `device`, :func:`ordinary` and finished, so that any stream may use it from here on.
+    """What `make` makes on `device`, :func:`ordinary` and finished, so that any stream may use it from here on; and none
+    is using what it replaces.
 
     Raises:
         UniLoRAError: a CUDA graph is being captured, whose memory is not there to keep.
@@ -327,7 +328,7 @@ def kept(device: torch.device, make: Callable[[], _Made]) -> _Made:
             "in the graph's memory. Run forward and backward once before the capture, as a warm-up"
         )
     made = ordinary(make)
-    torch.cuda.current_stream(device).synchronize()
+    torch.cuda.synchronize(device)
     return made
 
 

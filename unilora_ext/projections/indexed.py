@@ -183,8 +183,7 @@ class IndexedRows(Restriction):
 
     def __init__(self, projection: IndexedProjection, device: torch.device, ranges: Sequence[Range]) -> None:
         super().__init__(projection, device, ranges)
-        self._lengths: tuple[int, ...] | None = None
-        self._members: tuple[Tensor, ...] = ()
+        self._members: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None  # of these lengths
 
     @property
     def by_members(self) -> bool:
@@ -193,7 +192,7 @@ class IndexedRows(Restriction):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._members)
+        return 0 if self._members is None else sum(tensor.nbytes for tensor in self._members[1])
 
     @abstractmethod
     def columns(self) -> Tensor:
@@ -204,11 +203,12 @@ class IndexedRows(Restriction):
         ascending order, written for a gradient in pieces of `lengths` (None: in one) as the operator ``column_members``
         does. Kept for the pieces asked for last."""
         lengths = (len(self),) if lengths is None else tuple(lengths)
-        if self._lengths != lengths:
+        found = self._members  # once: another thread may ask for other lengths
+        if found is None or found[0] != lengths:
             make = partial(self._list_members, lengths)
-            self._members = kept(self.device, make) if self.projection.keeps_rows(self) else ordinary(make)
-            self._lengths = lengths
-        return self._members
+            found = lengths, kept(self.device, make) if self.projection.keeps_rows(self) else ordinary(make)
+            self._members = found
+        return found[1]
 
     def _list_members(self, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return operators.column_members(self.columns(), self.projection.d, lengths)
