@@ -314,8 +314,8 @@ def ordinary(make: Callable[[], _Made]) -> _Made:
 
 
 def kept(device: torch.device, make: Callable[[], _Made]) -> _Made:
-    """What `make` makes on `device`, :func:`ordinary` and finished, so that any stream may use it from here on; and none
-    is using what it replaces.
+    """What `make` makes on `device`, :func:`ordinary` and finished, so that any stream may use it from here on, and
+    none uses what it replaces.
 
     Raises:
         UniLoRAError: a CUDA graph is being captured, whose memory is not there to keep.
