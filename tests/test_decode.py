@@ -78,7 +78,7 @@ def test_any_write_to_theta_d_is_seen(model, x, write):
             theta_d.data = theta_d.data + torch.eye(20, device=theta_d.device)[3]
         elif write == "state_dict":
             state = {key: value.clone() for key, value in model.state_dict().items()}
-            state["unilora.theta_d"][3] += 1
+            state["0.unilora.theta_d"][3] += 1
             model.load_state_dict(state)
         elif theta_d.is_cuda:
             pytest.skip("NumPy shares memory on the CPU alone")
@@ -224,7 +224,7 @@ def test_a_tangent_of_theta_d_is_not_dropped(model, x):
         model(x)
         dual = forward_ad.make_dual(theta_d.detach(), torch.ones_like(theta_d))
         with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-            torch.func.functional_call(model, {"unilora.theta_d": dual}, x)
+            torch.func.functional_call(model, {"0.unilora.theta_d": dual}, x)
 
 
 def test_threads_with_and_without_gradients(model):

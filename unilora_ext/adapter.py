@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from unilora_ext import checkpoint
-from unilora_ext.attachment import CHILD, Attached, attachment_of, whole_tensors
+from unilora_ext.attachment import CHILD, Attached, adapted_model, attachment_of, holder_of, whole_tensors
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.export import export_lora
 from unilora_ext.fused import FusedLayer
@@ -29,11 +29,12 @@ def set_class(module: nn.Module, adapted_class: type[nn.Module]) -> None:
 
 
 def get_adapter(model: nn.Module) -> Adapter:
-    """The adapter of a model that has one (after a deep copy, say).
+    """The adapter of a model that has one (after a deep copy, say); of a container, that of the model in it.
 
     Raises:
         AttachError: it has none.
     """
+    model = adapted_model(model)
     attachment_of(model)
     return Adapter(model)
 
@@ -203,7 +204,7 @@ class Adapter(Attached):
             set_class(layer, attachment.classes[name])
         for handle in attachment.handles:
             handle.remove()
-        delattr(self.model, CHILD)
+        delattr(holder_of(self.model), CHILD)
         for name, parameter in self.model.named_parameters():
             if name in attachment.requires_grad:
                 parameter.requires_grad_(attachment.requires_grad[name])

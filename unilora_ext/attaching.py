@@ -9,20 +9,21 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter, set_class
-from unilora_ext.attachment import CHILD, Attachment, whole_tensors
+from unilora_ext.attachment import CHILD, CONTAINERS, Attachment, holder_of, whole_tensors
 from unilora_ext.config import UniLoRAConfig, make_projection, size_of
 from unilora_ext.errors import AttachError, UniLoRAError
 from unilora_ext.fused import FusedLayer, check_load, warn_merged
 from unilora_ext.layer import LayerState
 from unilora_ext.layout import Layout
 from unilora_ext.linear import start_on
+from unilora_ext.pretrained import adopt, is_pretrained
 from unilora_ext.projections import Projection, projection_class
 from unilora_ext.sharded_tensors import full
 from unilora_ext.shared_vector import SharedVector
 from unilora_ext.targets import Target, find_modules, find_targets
 from unilora_ext.uncalled import CallWatch, keep_called
 
-__all__ = ["Plan", "attach", "layout_of"]
+__all__ = ["Plan", "attach", "inner_model", "layout_of"]
 
 logger = logging.getLogger("unilora_ext")
 
@@ -70,7 +71,7 @@ class Plan:
             raise AttachError(f"attach: config: expected a UniLoRAConfig, got {type(config).__name__}")
         if isinstance(model, nn.Linear):
             raise AttachError("attach: the model itself is a linear layer: use UniLoRALinear.from_linear(model, ...)")
-        if hasattr(model, CHILD):
+        if hasattr(holder_of(model), CHILD):
             raise AttachError(f"attach: {type(model).__name__} has an adapter (or another attribute '{CHILD}') already")
         targets = find_targets(model, config.target_modules, config.modules_to_save, whole_names)
         layout = layout_of(targets, config)
@@ -112,8 +113,9 @@ class Plan:
         for slot_id, target in enumerate(targets):
             set_class(target.module, target.adapted_class)
             target.module._unilora = LayerState(vector, slot_id, config.dropout)
-        setattr(model, CHILD, vector)
+        setattr(holder_of(model), CHILD, vector)
         attachment.handles += [
+            *adopt(model, attachment.classes),
             *keep_called(model, attachment.classes),
             model.register_forward_pre_hook(vector.begin),
             model.register_forward_hook(vector.end, always_call=True),
@@ -136,7 +138,8 @@ def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:
     ``state_dict`` gains one entry, ``unilora.theta_d``, and loses none.
 
     Args:
-        model: any ``nn.Module``; on the meta device too.
+        model: any ``nn.Module``; on the meta device too. In a container (a SentenceTransformer, say) the Transformers
+            model is adapted, if all of the configuration's modules lie in it.
         config: see :class:`UniLoRAConfig`.
 
     Returns:
@@ -145,8 +148,38 @@ def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:
     Raises:
         AttachError: the configuration does not fit the model, which is then unchanged.
     """
-    plan = Plan.of(model, config)
+    plan = Plan.of(_home(model, config), config)
     return plan.attach(start_on(plan.projection, plan.targets[0].like(), config.init_bound))
+
+
+def _home(model: nn.Module, config: UniLoRAConfig) -> nn.Module:
+    """Where the adapter of a configuration goes: into the Transformers model of a container, if the configuration says
+    the same of both; else into `model`."""
+    inner = inner_model(model)
+    if inner is None:
+        return model
+    try:
+        same = _modules_of(model, config) == _modules_of(inner, config)
+    except UniLoRAError:  # said again of the container
+        return model
+    return inner if same else model
+
+
+def inner_model(model: nn.Module) -> nn.Module | None:
+    """The one Transformers model in a container; None: `model` is none, or has more or less than one."""
+    outermost: dict[str, nn.Module] = {}
+    if isinstance(model, CONTAINERS):
+        for name, part in model.named_modules():
+            if is_pretrained(part) and not any(name.startswith(f"{above}.") for above in outermost):
+                outermost[name] = part
+    return next(iter(outermost.values())) if len(outermost) == 1 else None
+
+
+def _modules_of(model: nn.Module, config: UniLoRAConfig) -> tuple[list[int], list[int]]:
+    """The targets and modules_to_save of a model, by identity."""
+    targets = find_targets(model, config.target_modules, config.modules_to_save)
+    whole = find_modules(model, config.modules_to_save, "modules_to_save")
+    return [id(target.module) for target in targets], [id(module) for _, module in whole]
 
 
 def _plain_weight(target: Target) -> Tensor:

@@ -14,10 +14,12 @@ from unilora_ext.shared_vector import SharedVector
 from unilora_ext.targets import find_modules
 from unilora_ext.uncalled import Handle
 
-__all__ = ["CHILD", "Attachment", "attachment_of", "whole_tensors"]
+__all__ = ["CHILD", "CONTAINERS", "Attachment", "adapted_model", "attachment_of", "holder_of", "whole_tensors"]
 
 CHILD = "unilora"
 """Name under which a model holds its :class:`SharedVector`: ``state_dict`` has ``unilora.theta_d``."""
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Modules whose children are their elements: counted, indexed, called one after the other."""
 
 
 @dataclass
@@ -33,13 +35,29 @@ class Attachment:
     replicated: bool = False  # what is trained is whole on every process, see distributed.replicate
 
 
+def holder_of(model: nn.Module) -> nn.Module:
+    """The module that has the vector of a model as a child: the model, or the first module in it that is no container,
+    which would take the vector for an element."""
+    return next((part for part in model.modules() if not isinstance(part, CONTAINERS)), model)
+
+
+def adapted_model(model: nn.Module) -> nn.Module:
+    """The model that has the adapter: `model`, or a part of it, where `model` is a container (a SentenceTransformer,
+    say) and attach() adapted the Transformers model in it."""
+    if isinstance(model, CONTAINERS) and not isinstance(getattr(holder_of(model), CHILD, None), SharedVector):
+        for part in model.modules():
+            if isinstance(getattr(part, CHILD, None), SharedVector):
+                return part
+    return model
+
+
 def attachment_of(model: nn.Module) -> tuple[SharedVector, Attachment]:
     """The shared vector of a model, and what attach() did.
 
     Raises:
         AttachError: the model has no adapter.
     """
-    vector = getattr(model, CHILD, None)
+    vector = getattr(holder_of(model), CHILD, None)
     if not isinstance(vector, SharedVector):
         raise AttachError(f"{type(model).__name__} has no Uni-LoRA adapter, or it was detached")
     return vector, vector.attachment

@@ -97,7 +97,7 @@ def save(
         "theta_d": {"theta_d": adapter.theta_d, **_stored_parts(adapter, resumable)},
         "modules_to_save": adapter.modules_to_save(),
     }
-    contents = {kind: _safetensors_bytes(part) for kind, part in tensors.items() if part}
+    contents = {kind: _safetensors_bytes(part, _header(record)) for kind, part in tensors.items() if part}
     if not all(is_writer(tensor) for part in tensors.values() for tensor in part.values()):
         return  # this process had to be there to gather the tensors; another one writes
     names, text = _encode(record, contents, folder)
@@ -166,8 +166,15 @@ def _holds_another(path: Path, data: bytes) -> bool:
     return path.exists() and not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data)
 
 
-def _safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: full(t).cpu().contiguous().clone() for name, t in tensors.items()})
+def _header(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a tensor file says of itself: how its theta_D is made, not who made it where, so that equal tensors have
+    equal files. One entry: safetensors keeps no order."""
+    told = ("format", "format_version", "projection", "d", "D", "r", "scaling", "layout", "fingerprint")
+    return {"unilora_ext": json.dumps({name: record[name] for name in told}, separators=(",", ":"))}
+
+
+def _safetensors_bytes(tensors: Mapping[str, Tensor], header: dict[str, str]) -> bytes:
+    return safetensors.torch.save({name: full(t).cpu().contiguous().clone() for name, t in tensors.items()}, header)
 
 
 # ---- read -----------------------------------------------------------------------------------------------------------

@@ -17,10 +17,12 @@ from unilora_ext.files import locked, replace_file, sweep
 from unilora_ext.functional import accumulator_dtype
 from unilora_ext.sharded_tensors import full, is_writer, reshard
 
-__all__ = ["PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
+__all__ = ["ADAPTER_FILES", "PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
 
 PREFIX = "base_model.model."
 """What PEFT puts before a tensor's name in the model."""
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+"""What PEFT reads, in the order in which they are written."""
 _LEFTOVER = re.compile(r"\.(adapter_model|adapter_config)-[0-9a-f]{8}\.tmp")
 """What killed processes leave of the two files."""
 
@@ -108,8 +110,8 @@ def write_folder(adapter: Attached, folder: str | Path, record: dict[str, Any], 
         return  # this process had to be there to gather the tensors; another one writes
     folder, data = Path(folder), safetensors.torch.save(whole, {"format": "pt"})
     with locked(folder) as alone:
-        replace_file(folder / "adapter_model.safetensors", data)
-        replace_file(folder / "adapter_config.json", json.dumps(record, indent=2).encode() + b"\n")
+        for name, content in zip(ADAPTER_FILES, (data, json.dumps(record, indent=2).encode() + b"\n"), strict=True):
+            replace_file(folder / name, content)
         sweep(folder, _LEFTOVER, (), alone)
 
 

@@ -118,6 +118,12 @@ class UniLoRALayer(nn.Module):
             return y
         # by name, x is the first argument under whatever name the layer has for it
         x = args[0] if args else next(iter(signature(own_forward).bind(**kwargs).arguments.values()))
+        if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+            raise UniLoRAError(
+                f"{self}: in training, expected a gradient through the layer to its input, got an output without one: "
+                "what lies below would learn nothing. (bitsandbytes packs 4-bit weights on a CPU for inference in the "
+                "first evaluation without gradients: load the model anew, and train before the first evaluation)"
+            )
         return self._added(y, x)
 
     def extra_repr(self) -> str:

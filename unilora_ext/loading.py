@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter
-from unilora_ext.attaching import Plan
+from unilora_ext.attaching import Plan, inner_model
 from unilora_ext.attachment import whole_tensors
 from unilora_ext.checkpoint import read
 from unilora_ext.config import UniLoRAConfig
@@ -36,6 +36,8 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     """
     file = read(folder)
     names = [name for name, _, _ in file.modules]
+    if (inner := inner_model(model)) is not None and not _has(model, names) and _has(inner, names):
+        model = inner
     # The names stand for an expression, which may match for ever. Where the configuration has names, they are compared.
     whole_names = names if file.config.pattern is not None else None
     plan = fitting_plan(model, file.folder, file.config, whole_names, file.record["projection"]["version"])
@@ -48,6 +50,10 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     if names != [t.name for t in plan.targets]:
         raise AdapterFileError(f"{file.folder}: the model has the adapter's modules in another order")
     return attach_saved(plan, file.folder, file.theta_d, file.parts, file.modules_to_save)
+
+
+def _has(model: nn.Module, names: Sequence[str]) -> bool:
+    return {name for name, _ in model.named_modules()}.issuperset(names)
 
 
 def fitting_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from unilora_ext.sharded_tensors import full, is_sharded
 from unilora_ext.updates import Update
 
 __all__ = ["SharedVector"]
+
+logger = logging.getLogger("unilora_ext")
 
 _MODULE_CALL = nn.Module._call_impl.__code__
 """What calls a module's hooks and its forward."""
@@ -141,6 +144,7 @@ class SharedVector(nn.Module):
         if graph_is_traced():
             self._traced = self._trace_all(model) if self.enabled and self._together else None
             return
+        self._keep_wide()
         if faking():
             return  # fakes are not kept: each layer projects its own rows
         if self._groups is None and self._together:
@@ -157,6 +161,21 @@ class SharedVector(nn.Module):
         step = self._step
         self._step = self._call = self._traced = None
         self._kept = None if step is None else step.kept()
+
+    def _keep_wide(self) -> None:
+        """Takes a narrower dtype back that something wrote into ``.data`` (trainers do so on quantised models): small
+        steps would be lost in 16 bits. The values from before are still there, if nothing else was written."""
+        for name, parameter in self.trained.items():
+            if (wide := accumulator_dtype(parameter.dtype)) is parameter.dtype:
+                self._wide[name] = parameter.data
+                continue
+            last = self._wide.get(name)
+            same = last is not None and last.shape == parameter.shape and last.device == parameter.device
+            unchanged = same and torch.equal(last.to(parameter.dtype), parameter.data)
+            logger.warning(
+                "%s was cast to %s: it is trained in %s, where small steps are not lost", name, parameter.dtype, wide
+            )
+            parameter.data = last if unchanged else parameter.data.to(wide)
 
     @property
     def _together(self) -> bool:
@@ -323,6 +342,7 @@ class SharedVector(nn.Module):
         self._anew: tuple[tuple[Any, ...], _Step] | None = None  # while a backward pass runs
         self._kept: _Step | None = None  # between two
         self._groups: dict[tuple[torch.device, Reduction | None], _Group] | None = None
+        self._wide = {name: parameter.data for name, parameter in self._parameters.items()}  # as it was last
         # While the model's forward is traced:
         self._traced: dict[int, Sequence[Tensor]] | None = None
 
@@ -346,7 +366,7 @@ class SharedVector(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         passing = dict.fromkeys(("_step", "_call", "_anew", "_kept", "_groups", "_traced"))
-        return {**self.__dict__, **passing}
+        return {**self.__dict__, **passing, "_wide": {}}
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
