@@ -196,7 +196,7 @@ def test_push_to_hub(base, tmp_path, monkeypatch, verb):
     assert {"adapter.json", "adapter_config.json", "adapter_model.safetensors", "README.md"} < Hub.files.keys()
     card = Hub.files["README.md"].decode()
     assert "BertForSequenceClassification.from_pretrained" in card and "| 50 (d) of" in card
-    assert ("reviews" in card) == (verb == "push_to_hub") and f"base_model: \"{base}\"" in card
+    assert ("reviews" in card) == (verb == "push_to_hub") and f'base_model: "{base}"' in card
 
 
 def test_the_code_of_the_model_card_runs(base, tmp_path, monkeypatch):

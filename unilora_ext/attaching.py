@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from unilora_ext.shared_vector import SharedVector
 from unilora_ext.targets import Target, find_modules, find_targets
 from unilora_ext.uncalled import CallWatch, keep_called
 
-__all__ = ["Plan", "attach", "inner_model", "layout_of"]
+__all__ = ["Inside", "Plan", "attach", "inner_model", "layout_of"]
 
 logger = logging.getLogger("unilora_ext")
 
@@ -34,6 +35,7 @@ class Plan:
 
     Attributes:
         model: to adapt.
+        entry: what is called for a forward pass of the model: itself, or what it is a part of.
         targets: layers that will be adapted, in the order of theta_D.
         config: with `d` filled in.
         layout: of theta_D.
@@ -41,6 +43,7 @@ class Plan:
     """
 
     model: nn.Module
+    entry: nn.Module
     targets: list[Target]
     config: UniLoRAConfig
     layout: Layout
@@ -53,6 +56,7 @@ class Plan:
         config: UniLoRAConfig,
         whole_names: Sequence[str] | None = None,
         version: int | None = None,
+        entry: nn.Module | None = None,
     ) -> Plan:
         """The plan for a configuration.
 
@@ -61,6 +65,7 @@ class Plan:
             config: what attach() was given.
             whole_names: as in :func:`~unilora_ext.targets.find_targets`.
             version: of the projection's algorithm; None: the newest.
+            entry: as above; None: the model.
 
         Raises:
             AttachError: the configuration does not fit the model.
@@ -84,7 +89,7 @@ class Plan:
             if size_of(config, layout) is None:
                 logger.warning("d was not given: taking d = %d for D = %d (D / d = %.1f)", d, D, D / d)
             config = replace(config, d=d)
-        return cls(model, targets, config, layout, projection)
+        return cls(model, entry or model, targets, config, layout, projection)
 
     def attach(self, start: Mapping[str, Tensor]) -> Adapter:
         """Changes the model; nothing in it can fail for a reason that the plan has not excluded.
@@ -117,11 +122,11 @@ class Plan:
         attachment.handles += [
             *adopt(model, attachment.classes),
             *keep_called(model, attachment.classes),
-            model.register_forward_pre_hook(vector.begin),
-            model.register_forward_hook(vector.end, always_call=True),
+            self.entry.register_forward_pre_hook(vector.begin),
+            self.entry.register_forward_hook(vector.end, always_call=True),
             model.register_load_state_dict_pre_hook(check_load),
             model.register_state_dict_pre_hook(warn_merged),
-            CallWatch(model, vector),
+            CallWatch(self.entry, vector),
         ]
         return Adapter(model)
 
@@ -148,31 +153,43 @@ def attach(model: nn.Module, config: UniLoRAConfig) -> Adapter:
     Raises:
         AttachError: the configuration does not fit the model, which is then unchanged.
     """
-    plan = Plan.of(_home(model, config), config)
+    inside = inner_model(model)
+    if inside is not None and _says_the_same(config, model, inside.model):
+        plan = Plan.of(inside.model, config, entry=inside.entry)
+    else:
+        plan = Plan.of(model, config)
     return plan.attach(start_on(plan.projection, plan.targets[0].like(), config.init_bound))
 
 
-def _home(model: nn.Module, config: UniLoRAConfig) -> nn.Module:
-    """Where the adapter of a configuration goes: into the Transformers model of a container, if the configuration says
-    the same of both; else into `model`."""
-    inner = inner_model(model)
-    if inner is None:
-        return model
-    try:
-        same = _modules_of(model, config) == _modules_of(inner, config)
-    except UniLoRAError:  # said again of the container
-        return model
-    return inner if same else model
+class Inside(NamedTuple):
+    """A Transformers model in a container, and the element that calls it."""
+
+    model: nn.Module
+    entry: nn.Module
 
 
-def inner_model(model: nn.Module) -> nn.Module | None:
+def inner_model(model: nn.Module) -> Inside | None:
     """The one Transformers model in a container; None: `model` is none, or has more or less than one."""
-    outermost: dict[str, nn.Module] = {}
+    found: dict[str, nn.Module] = {}
     if isinstance(model, CONTAINERS):
         for name, part in model.named_modules():
-            if is_pretrained(part) and not any(name.startswith(f"{above}.") for above in outermost):
-                outermost[name] = part
-    return next(iter(outermost.values())) if len(outermost) == 1 else None
+            if is_pretrained(part) and not any(name.startswith(f"{above}.") for above in found):
+                found[name] = part
+    if len(found) != 1:
+        return None
+    (name, inner), entry = next(iter(found.items())), model
+    for child in name.split("."):
+        if isinstance(entry, CONTAINERS):
+            entry = entry.get_submodule(child)
+    return Inside(inner, entry)
+
+
+def _says_the_same(config: UniLoRAConfig, model: nn.Module, inner: nn.Module) -> bool:
+    """Whether a configuration names the same modules of a container as of the model in it."""
+    try:
+        return _modules_of(model, config) == _modules_of(inner, config)
+    except UniLoRAError:  # said again of the container
+        return False
 
 
 def _modules_of(model: nn.Module, config: UniLoRAConfig) -> tuple[list[int], list[int]]:

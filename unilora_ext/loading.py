@@ -36,11 +36,12 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     """
     file = read(folder)
     names = [name for name, _, _ in file.modules]
-    if (inner := inner_model(model)) is not None and not _has(model, names) and _has(inner, names):
-        model = inner
+    entry, inside = model, inner_model(model)
+    if inside is not None and not _has(model, names) and _has(inside.model, names):
+        model, entry = inside
     # The names stand for an expression, which may match for ever. Where the configuration has names, they are compared.
     whole_names = names if file.config.pattern is not None else None
-    plan = fitting_plan(model, file.folder, file.config, whole_names, file.record["projection"]["version"])
+    plan = fitting_plan(model, file.folder, file.config, whole_names, file.record["projection"]["version"], entry)
     check_same(
         file.folder,
         "adapted modules",
@@ -57,15 +58,20 @@ def _has(model: nn.Module, names: Sequence[str]) -> bool:
 
 
 def fitting_plan(
-    model: nn.Module, folder: Path, config: UniLoRAConfig, whole_names: Sequence[str] | None, version: int | None = None
+    model: nn.Module,
+    folder: Path,
+    config: UniLoRAConfig,
+    whole_names: Sequence[str] | None,
+    version: int | None = None,
+    entry: nn.Module | None = None,
 ) -> Plan:
-    """The plan for the configuration of a folder; `whole_names` and `version` as in :meth:`Plan.of`.
+    """The plan for the configuration of a folder; the other arguments as in :meth:`Plan.of`.
 
     Raises:
         UniLoRAError: the configuration does not fit the model; the message names the folder.
     """
     try:
-        return Plan.of(model, config, whole_names, version)
+        return Plan.of(model, config, whole_names, version, entry)
     except UniLoRAError as error:
         raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
 
