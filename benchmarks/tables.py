@@ -68,6 +68,15 @@ def _quantised() -> list[str]:
     return lines
 
 
+def _situations() -> list[str]:
+    document = json.loads((RESULTS / "situations.json").read_text())
+    rows, versions = document["rows"], document["machine"]["versions"]
+    rivals = [name for name in rows[0] if name != "situation"]
+    lines = [f"| | {' | '.join(rivals)} |", "| --- |" + " --- |" * len(rivals)]
+    lines += [f"| {row['situation']} | {' | '.join(row[rival] for rival in rivals)} |" for row in rows]
+    return [*lines, "", "With " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+
+
 def _decoder() -> list[str]:
     document = json.loads((RESULTS / "decoder.json").read_text())
     machine, results, timing = document["machine"], document["results"], document["timing"]
@@ -272,6 +281,7 @@ def _model() -> list[str]:
 TABLES = {
     "demo": ("demo.json", _demo),
     "decoder": ("decoder.json", _decoder),
+    "situations": ("situations.json", _situations),
     "quantised": ("quantised-cpu.json", _quantised),
     "cpu": ("projection-cpu.json", _cpu),
     "family": ("family-cpu.json", _family),
