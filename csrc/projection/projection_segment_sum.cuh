@@ -114,7 +114,8 @@ struct TermTile {
       Acc terms[4];
       get(four, terms);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i] += 4 * four + i >= low && 4 * four + i < high ? terms[i] : Acc(0);
+      for (int i = 0; i < 4; ++i)
+        sums[i] += static_cast<unsigned>(4 * four + i - low) < static_cast<unsigned>(high - low) ? terms[i] : Acc(0);
     }
     return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]), width);
   }
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kSegmentBlock<Acc>, (kSegmentBlocks<T, Acc>))
                        const int32_t* __restrict__ order,    // [n], packed
                        const int32_t* __restrict__ offsets,  // [d + 1], ascending from 0 to n
                        int columns,                          // of a block at a time: kSegmentBlock<Acc> at most
-                       int width,                            // lanes of a group: 1, 2, 4, 8, 16 or 32
+                       int width_bits,                       // of `width`, a power of two: 0 to 5
                        Acc* __restrict__ out) {              // [d]
   constexpr int kBlock = kSegmentBlock<Acc>, kTile = 4 * kBlock;
   __shared__ PieceTable<kWeighted, T, kMost> pieces;
@@ -151,7 +152,8 @@ __global__ void __launch_bounds__(kSegmentBlock<Acc>, (kSegmentBlocks<T, Acc>))
   __shared__ Acc sums[kBlock];
   __shared__ uint32_t bounds[kBlock + 1];
 
-  const int thread = static_cast<int>(threadIdx.x), group = thread / width, lane = thread % width;
+  const int width = 1 << width_bits, groups = kBlock >> width_bits;
+  const int thread = static_cast<int>(threadIdx.x), group = thread >> width_bits, lane = thread & (width - 1);
   const bool aligned = reinterpret_cast<uintptr_t>(order) % 16 == 0;
   int copy_bits = 0;
   if constexpr (kMost > 1) {
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(kSegmentBlock<Acc>, (kSegmentBlocks<T, Acc>))
 #pragma unroll
       for (int i = 0; i < 4; ++i) inside[i] = at + i - begin < end - begin;
       uint32_t entries[4] = {0, 0, 0, 0};
-      if (inside[0] || inside[3] || inside[1] || inside[2]) load_entries(order, aligned, n, at, entries);
+      if (inside[0] || inside[1] || inside[2] || inside[3]) load_entries(order, aligned, n, at, entries);
       const T* from[4];
       uint32_t position[4];
 #pragma unroll
@@ -200,7 +202,7 @@ __global__ void __launch_bounds__(kSegmentBlock<Acc>, (kSegmentBlocks<T, Acc>))
       __syncthreads();  // the tile is there
 
       const auto add = [&](int column, Acc sum) { sums[column] = start > begin ? sums[column] + sum : sum; };
-      for (int c = group; c - group < count; c += kBlock / width) {
+      for (int c = group; c - group < count; c += groups) {
         int low = 0, high = 0;  // what the tile has of the column
         if (c < count) {
           low = max(static_cast<int>(bounds[c]) - static_cast<int>(start), 0);
@@ -225,11 +227,11 @@ __global__ void __launch_bounds__(kSegmentBlock<Acc>, (kSegmentBlocks<T, Acc>))
   }
 }
 
-// Lanes for a column: about four members each on average.
-inline int segment_width(int64_t n, int64_t d) {
-  int width = 1;
-  while (width < kWarp && width * 4 * d < n) width *= 2;
-  return width;
+// Lanes for a column, as the exponent of 2: about four members each on average.
+inline int segment_width_bits(int64_t n, int64_t d) {
+  int bits = 0;
+  while ((1 << bits) < kWarp && (d << bits) * 4 < n) ++bits;
+  return bits;
 }
 
 // Columns of a block of so many threads at a time: seven eighths of a tile on average, so that few need a second one.
@@ -250,7 +252,7 @@ void launch_segment_sum(const std::vector<Piece<T>>& pieces,  // kMaxPieces at m
                         cudaStream_t stream) {
   if (d == 0) return;
   constexpr int kBlock = kSegmentBlock<Acc>;
-  const int width = segment_width(n, d), columns = segment_columns(n, d, kBlock);
+  const int width_bits = segment_width_bits(n, d), columns = segment_columns(n, d, kBlock);
   const auto count = static_cast<int64_t>(pieces.size());
   const auto launch = [&](auto most) {
     constexpr int kMost = decltype(most)::value;
@@ -267,7 +269,7 @@ void launch_segment_sum(const std::vector<Piece<T>>& pieces,  // kMaxPieces at m
         value == nullptr ? segment_sum_kernel<false, T, Acc, kMost> : segment_sum_kernel<true, T, Acc, kMost>;
     const unsigned blocks = kMost == 1 ? grid_size(d, columns) : resident_grid_size(kernel, kBlock, d, columns);
     kernel<<<blocks, kBlock, 0, stream>>>(list, value, static_cast<uint32_t>(n), scale, static_cast<uint32_t>(d), order,
-                                          offsets, columns, width, out);
+                                          offsets, columns, width_bits, out);
   };
   if (count <= 1) {
     launch(std::integral_constant<int, 1>{});
