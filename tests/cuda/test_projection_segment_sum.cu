@@ -50,7 +50,7 @@ void test_stored(std::mt19937_64& generator) {
       test_segment_sum<T, Acc>(generator, shape, Values::kInteger, weighted, pieces[generator() % 6]);
     }
   }
-  // sixteen copies of each piece's pointer to two; with values, eight to one
+  // sixteen copies of each piece's pointer to four; with values, eight to two
   for (const int64_t pieces : {1, 2, 5, 64, 65, 128, 129, 256, 257, 512, 513, 1024})
     for (const bool weighted : {false, true})
       test_segment_sum<T, Acc>(generator, {1501, 77}, Values::kInteger, weighted, pieces);
