@@ -322,23 +322,22 @@ def project(model: Model) -> list[Launch]:
 
 
 def project_transpose(model: Model) -> list[Launch]:
-    """g_d = P^T g_D through a stored order: a column has a lane for every four members (for Llama2-7B: 8), whose
-    loads are in flight together; the gradient is read where the layers left it."""
+    """g_d = P^T g_D through a stored order: a block reads the entries of some columns as a stream, four a thread, and
+    sums the columns in shared memory; the gradient is read where the layers left it."""
     D, d = model.D, model.d
-    width = 1
-    while width < 32 and width * 4 * d < D:
-        width *= 2
-    columns = 256 // width
-    batches = ceil_div(ceil_div(D, d), 4 * width)
+    tile = 2048
+    columns = min(max(tile * 7 // 8 * d // D, 1), tile // 4)
+    columns -= columns % 8 if columns >= 8 else 0
+    tiles = ceil_div(columns * D, d * tile)
     return [
         Launch(
             "segment_sum",
             hbm=2 * D + 4 * D + 12 * d,
             l2=32 * D + 4 * D + 12 * d,
-            instructions=16 * D / 32,
+            instructions=64 * D / 32,
             blocks=ceil_div(d, columns),
-            resident=resident_blocks(256, 48, 12360),
-            waits=2 * given("HBM latency") + batches * (given("HBM latency") + given("L2 latency")),
+            resident=resident_blocks(512, 40, 45060),
+            waits=2 * given("HBM latency") + tiles * (given("HBM latency") + given("L2 latency")),
         )
     ]
 

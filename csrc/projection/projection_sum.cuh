@@ -7,26 +7,21 @@ namespace unilora {
 
 constexpr int kSumBlock = 256;
 
-// Blocks of a multiprocessor: 64 registers a thread for float64, else 48.
-template <typename T, typename Acc>
-constexpr int kSumBlocks = sizeof(T) == 8 || sizeof(Acc) == 8 ? 4 : 5;
-
-// The sum of terms lane - lead, lane - lead + lanes, ... of `size`, by four sums in turn. `lead` moves the first lane
-// before the first term, to where an access of all lanes is aligned. Terms: place(k) says where term k is,
+// The sum of terms lane, lane + lanes, ... of `size`, by four sums in turn. Terms: place(k) says where term k is,
 // settle(place) may change four of them, and term(place, inside) is the term, 0 where it is not inside. Four places
-// first, then four terms, so that as many loads are in flight; outside the nearest place is taken, which leaves the
-// loads without branches.
+// first, then four terms, so that as many loads are in flight; outside the last place is taken, which leaves the loads
+// without branches.
 template <typename Acc, typename Terms>
-__device__ __forceinline__ Acc sum_terms(const Terms& terms, int size, int lane, int lanes, int lead = 0) {
+__device__ __forceinline__ Acc sum_terms(const Terms& terms, int size, int lane, int lanes) {
   Acc sum[4] = {0, 0, 0, 0};
-  for (int k = size > 0 ? lane - lead : 0; k < size; k += 4 * lanes) {
+  for (int k = lane; k < size; k += 4 * lanes) {
     uint32_t place[4];
     Acc term[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) place[i] = terms.place(max(min(k + i * lanes, size - 1), 0));
+    for (int i = 0; i < 4; ++i) place[i] = terms.place(min(k + i * lanes, size - 1));
     terms.settle(place);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) term[i] = terms.term(place[i], k + i * lanes >= 0 && k + i * lanes < size);
+    for (int i = 0; i < 4; ++i) term[i] = terms.term(place[i], k + i * lanes < size);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += term[i];
   }

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,9 +36,11 @@ def nvcc(source: Path, *flags: object) -> tuple[bool, str]:
     return command(found, "-std=c++17", "-O3", "-Werror", "all-warnings", "-I", CSRC, "-I", HERE, *flags, source)
 
 
-def compile_all(source: Path, folder: Path, *flags: object) -> tuple[bool, str]:
-    """``folder/<stem>.o`` for all architectures; the text is that of ptxas -v."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+def compile_all(
+    source: Path, folder: Path, *flags: object, architectures: Sequence[str] = ARCHITECTURES
+) -> tuple[bool, str]:
+    """``folder/<stem>.o`` for these architectures; the text is that of ptxas -v."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     return nvcc(source, *targets, "-Xptxas", "-v", *flags, "-c", "-o", folder / f"{source.stem}.o")
 
 

@@ -9,7 +9,7 @@
 #define PROFILE_COLUMNS 16384
 #endif
 constexpr int64_t D = PROFILE_D, d = PROFILE_COLUMNS;  // a multiple of the gather's tile
-constexpr int64_t kPieces = 200;
+constexpr int64_t kPieces = 448;                       // A and B of each layer of Llama2-7B
 
 using namespace testing;
 
@@ -22,6 +22,29 @@ std::vector<int64_t> lengths_of(int64_t pieces) {
     start = stop;
   }
   return lengths;
+}
+
+template <typename T>
+std::vector<unilora::Piece<T>> cut(const Device<T>& theta_D, const std::vector<int64_t>& lengths) {
+  std::vector<unilora::Piece<T>> pieces;
+  int64_t start = 0;
+  for (const int64_t length : lengths) {
+    pieces.push_back({theta_D.get() + start, length});
+    start += length;
+  }
+  return pieces;
+}
+
+// With values or without.
+template <typename T>
+void run_segment_sum(std::mt19937_64& generator, const std::vector<int32_t>& index, bool weighted) {
+  const auto lengths = lengths_of(kPieces);
+  const Members members(index, d, lengths);
+  const Device<int32_t> order(members.order), offsets(members.offsets);
+  const Device<T> scale(random_values<T>(generator, d, Values::kReal)), out(d), theta_D(D), value(D);
+  unilora::launch_segment_sum(cut(theta_D, lengths), weighted ? value.get() : nullptr, D, scale.get(), d, order.get(),
+                              offsets.get(), out.get(), nullptr);
+  synchronize();
 }
 
 template <typename T>
@@ -39,12 +62,7 @@ void run(std::mt19937_64& generator, const std::vector<int32_t>& index, const un
       const auto lengths = lengths_of(pieces);
       const Members members(index, d, lengths);
       const Device<int32_t> order(members.order), offsets(members.offsets);
-      std::vector<unilora::Piece<T>> list;
-      int64_t start = 0;
-      for (const int64_t length : lengths) {
-        list.push_back({theta_D.get() + start, length});
-        start += length;
-      }
+      const auto list = cut(theta_D, lengths);
       unilora::launch_segment_sum(list, no_value, D, theta.get(), d, order.get(), offsets.get(), out.get(), nullptr);
       synchronize();
       std::vector<unilora::Segment<T>> segments;
@@ -67,6 +85,8 @@ int main(int argc, char** argv) {
   run<__nv_bfloat16>(generator, index, map);
   run<__half>(generator, index, map);
   run<float>(generator, index, map);
+  run_segment_sum<float>(generator, index, true);
+  run_segment_sum<double>(generator, index, false);
 
   const Device<int32_t> index_d(index), made(D), order(D), offsets(d + 1);
   unilora::launch_index(made.get(), D, unilora::UniformMap{d, 7}, 0, nullptr);

@@ -15,18 +15,22 @@ void test_segment_sum(std::mt19937_64& generator, const Shape& shape, Values val
   const auto scale = random_values<Acc>(generator, shape.d, values);
   const auto index = random_index(generator, shape);
   const Device<Acc> scale_d(scale), value_d(value);
-  const auto run = [&](const std::vector<int64_t>& lengths) {
+  // `lead` elements before the order: where it does not begin at a multiple of 16 bytes
+  const auto run = [&](const std::vector<int64_t>& lengths, int64_t lead = 0) {
     const Members members(index, shape.d, lengths);
     const DevicePieces<T> grads(grad, lengths);
-    const Device<int32_t> order_d(members.order), offsets_d(members.offsets);
+    std::vector<int32_t> order(static_cast<size_t>(lead), -1);
+    order.insert(order.end(), members.order.begin(), members.order.end());
+    const Device<int32_t> order_d(order), offsets_d(members.offsets);
     const Device<Acc> out(shape.d);
     unilora::launch_segment_sum(grads.list, weighted ? value_d.get() : nullptr, shape.D, scale_d.get(), shape.d,
-                                order_d.get(), offsets_d.get(), out.get(), nullptr);
+                                order_d.get() + lead, offsets_d.get(), out.get(), nullptr);
     return out.values();
   };
   const auto lengths = random_lengths(generator, shape.D, pieces);
   const std::vector<Acc> got = run(lengths);
   check(same_bits(got, run(lengths)), name + ": two launches differ");
+  check(same_bits(got, run(lengths, 1 + shape.D % 3)), name + ": an order that is not aligned differs");
   if (pieces > 1) check(same_bits(got, run({shape.D})), name + ": one piece differs");
   std::vector<Sum> sums(static_cast<size_t>(shape.d));
   for (int64_t i = 0; i < shape.D; ++i) sums[index[i]].add(exact(grad[i]) * (weighted ? exact(value[i]) : 1));
@@ -35,7 +39,8 @@ void test_segment_sum(std::mt19937_64& generator, const Shape& shape, Values val
 
 template <typename T, typename Acc>
 void test_stored(std::mt19937_64& generator) {
-  // D = 0; one element; d = 1 and 2, which a whole block sums; d > D; few and many members a column; widths 1 to 32
+  // D = 0; one element; d = 1 and 2, whose columns are longer than a tile; d > D; few and many members a column; widths
+  // 1 to 32
   const Shape shapes[] = {{0, 5},     {1, 1},   {2701, 1},        {17, 301}, {1021, 333},
                           {999, 101}, {801, 9}, {777, 300, true}, {5000, 2}};
   for (const Shape& shape : shapes) {
@@ -45,14 +50,19 @@ void test_stored(std::mt19937_64& generator) {
       test_segment_sum<T, Acc>(generator, shape, Values::kInteger, weighted, pieces[generator() % 6]);
     }
   }
-  test_segment_sum<T, Acc>(generator, {1500, 77}, Values::kInteger, true, 1);
-  test_segment_sum<T, Acc>(generator, {1500, 77}, Values::kInteger, true, 5);
-  test_segment_sum<T, Acc>(generator, {1500, 77}, Values::kInteger, true, 1024);
+  // sixteen copies of each piece's pointer to four; with values, eight to two
+  for (const int64_t pieces : {1, 2, 5, 64, 65, 128, 129, 256, 257, 512, 513, 1024})
+    for (const bool weighted : {false, true})
+      test_segment_sum<T, Acc>(generator, {1501, 77}, Values::kInteger, weighted, pieces);
+  // more columns than the blocks take at once, also with a column of several tiles among short ones
+  for (const Shape& shape : {Shape{9001, 500}, Shape{7003, 1333}, Shape{9001, 1333, true}, Shape{9001, 300, true}})
+    test_segment_sum<T, Acc>(generator, shape, Values::kInteger, shape.crowded, 65);
 }
 
-// Columns without members behind the last that has any, or before a long one: nothing is read for them.
+// Columns without members at both ends, before and behind one of less than a tile or of several: nothing is read for
+// them.
 void test_empty_columns(std::mt19937_64& generator) {
-  for (const int32_t full : {0, 6}) {
+  for (const int32_t full : {0, 3, 6}) {
     for (const int64_t n : {37, 61, 4001}) {
       const auto grad = random_values<float>(generator, n, Values::kInteger);
       const Members members(std::vector<int32_t>(static_cast<size_t>(n), full), 7, {n});
@@ -106,19 +116,21 @@ void test_largest_entry() {
 // ---- offsets out of range -----------------------------------------------------------------------------------
 
 void test_out_of_range() {
-  const auto segment_sum = [](int32_t first_offset, int32_t last_offset) {
+  const auto segment_sum = [](int32_t first_offset, int32_t middle_offset, int32_t last_offset) {
     const DevicePieces<float> grads({1, 2}, {2});
     const Device<float> scale(std::vector<float>{1, 1}), out(2);
     const Device<int32_t> order(std::vector<int32_t>{0, 1}),
-        offsets(std::vector<int32_t>{first_offset, 1, last_offset});
+        offsets(std::vector<int32_t>{first_offset, middle_offset, last_offset});
     const float* no_value = nullptr;
     unilora::launch_segment_sum(grads.list, no_value, 2, scale.get(), 2, order.get(), offsets.get(), out.get(),
                                 nullptr);
   };
-  check(!stops([&] { segment_sum(0, 2); }), "segment_sum: good offsets were refused");
-  check(stops([&] { segment_sum(0, 3); }), "segment_sum: offsets beyond the end were not refused");
-  check(stops([&] { segment_sum(0, 1); }), "segment_sum: offsets short of the end were not refused");
-  check(stops([&] { segment_sum(-1, 2); }), "segment_sum: a negative offset was not refused");
+  check(!stops([&] { segment_sum(0, 1, 2); }), "segment_sum: good offsets were refused");
+  check(stops([&] { segment_sum(0, 1, 3); }), "segment_sum: offsets beyond the end were not refused");
+  check(stops([&] { segment_sum(0, 1, 1); }), "segment_sum: offsets short of the end were not refused");
+  check(stops([&] { segment_sum(-1, 1, 2); }), "segment_sum: a negative offset was not refused");
+  check(stops([&] { segment_sum(0, 3, 2); }), "segment_sum: an offset beyond the next was not refused");
+  check(stops([&] { segment_sum(0, -1, 2); }), "segment_sum: a negative offset in the middle was not refused");
 }
 
 int main(int argc, char** argv) {
