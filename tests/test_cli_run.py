@@ -205,9 +205,9 @@ def test_longest_input(config, limit):
     assert _positions(model) == limit
 
 
-@pytest.mark.parametrize(("hidden", "layers", "d"), [(32, 2, 113), (384, 6, 4096), (1024, 24, 22528)])
-def test_default_d(tmp_path, hidden, layers, d, monkeypatch):
-    """The paper's ratio in a large model, more in a small one."""
+@pytest.mark.parametrize(("hidden", "layers", "d"), [(32, 2, 56), (384, 6, 2048), (1024, 24, 22528)])
+def test_default_d(hidden, layers, d, monkeypatch):
+    """The paper's ratio, as of UniLoRAConfig."""
     from unilora_ext.cli import classifier
     from unilora_ext.cli.settings import Settings
 
@@ -217,4 +217,5 @@ def test_default_d(tmp_path, hidden, layers, d, monkeypatch):
     with torch.device("meta"):
         bert = transformers.AutoModelForSequenceClassification.from_config(made)
     monkeypatch.setattr(classifier, "plain_model", lambda *_: (bert, None, ["classifier"], 128))
-    assert classifier.Classifier.new(Settings(model="base", data="rows"), ["a", "b"]).adapter.config.d == d
+    adapter = classifier.Classifier.new(Settings(model="base", data="rows"), ["a", "b"]).adapter
+    assert adapter.config.d == d == ul.default_d(adapter.projection.D)

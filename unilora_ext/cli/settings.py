@@ -110,7 +110,7 @@ class Settings:
     )
     r: int = _option(4, int, "rank of every LoRA matrix pair", **_COUNT)
     d: int | None = _option(
-        None, int, "length of theta_d (without it, an 18th of the LoRA values, a 9th in a small model)", **_COUNT
+        None, int, "length of theta_d (without it, the paper's ratio: about an 18th of the LoRA values)", **_COUNT
     )
     target_modules: tuple[str, ...] | None = _option(
         None,
