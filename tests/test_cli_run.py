@@ -106,9 +106,12 @@ def test_predict(run, capsys):
     for name in ("out.csv", "out.jsonl"):
         assert main([*adapter, "--data", f"{folder}/test.jsonl", "--output", f"{folder}/{name}"]) == 0
     with open(folder / "out.csv", newline="") as file:
-        from_csv = [(row["text"], row["label"], float(row["probability"])) for row in csv.DictReader(file)]
+        from_csv = [(*row.values(),) for row in csv.DictReader(file)]
     records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-    assert from_csv == [(r["text"], r["label"], r["probability"]) for r in records] and len(records) == 100
+    assert from_csv == [(*map(str, record.values()),) for record in records] and len(records) == 100
+    given = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    for record, row in zip(records, given, strict=True):
+        assert list(record) == ["text", "label", "prediction", "probability"] and record == {**record, **row}
 
 
 def logits_of(model, folder):

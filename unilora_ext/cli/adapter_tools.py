@@ -14,6 +14,7 @@ import safetensors
 
 from unilora_ext.checkpoint import AdapterFile, read
 from unilora_ext.cli.errors import CliError, RunError, need
+from unilora_ext.cli.files import as_json
 from unilora_ext.cli.outputs import check_target, write
 
 __all__ = ["export", "inspect", "merge"]
@@ -24,7 +25,7 @@ def inspect(arguments: Namespace) -> None:
     check_target(arguments.json, None)
     file = read(arguments.adapter)
     if arguments.json is not None:
-        write(arguments.json, json.dumps(dict(file.record), indent=2) + "\n")
+        write(arguments.json, as_json(dict(file.record)))
     record, theta_d = file.record, file.theta_d.double()
     lines = {
         "adapter": str(arguments.adapter),
@@ -43,7 +44,7 @@ def inspect(arguments: Namespace) -> None:
     for kind, entry in record["files"].items():
         lines[f"file {kind}"] = f"{entry['bytes']:,} bytes, {entry['name']}"
     for key, value in file.metadata.items():
-        lines[key.replace("_", " ")] = value if isinstance(value, str) else json.dumps(value)
+        lines[key.replace("_", " ")] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     width = max(map(len, lines))
     print("\n".join(f"{key:<{width}}  {value}" for key, value in lines.items()))
 

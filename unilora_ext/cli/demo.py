@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import random
 import shlex
@@ -14,6 +13,7 @@ from typing import Any
 
 from unilora_ext.cli.data import Row, write_rows
 from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.files import as_json, encoded
 from unilora_ext.cli.finetune import check_output, nothing_left, read_data, run
 from unilora_ext.cli.packages import MODELS, package_file
 from unilora_ext.cli.settings import Settings
@@ -58,7 +58,7 @@ def command(arguments: Namespace) -> None:
     results, seconds = metrics["results"], time.perf_counter() - began
     replace_file(
         output / "report" / "demo.json",
-        json.dumps({"accuracy": results["test"]["accuracy"], "frozen": frozen, "seconds": seconds}, indent=2).encode(),
+        encoded(as_json({"accuracy": results["test"]["accuracy"], "frozen": frozen, "seconds": seconds})),
     )
     sizes = results["sizes"]
     print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from unilora_ext.cli.settings import Settings, option_name
+from unilora_ext.cli.settings import ENCODING_HELP, SEPARATOR_HELP, Settings, option_name
 from unilora_ext.family import FAMILY
 
 __all__ = ["make_parser"]
@@ -49,8 +49,12 @@ def make_parser() -> argparse.ArgumentParser:
     predict = add("predict", "predict:predict", "labels and probabilities of texts by a saved adapter")
     _add_adapter(predict)
     predict.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
-    predict.add_argument("--data", metavar="FILE", help="a .csv or .jsonl file with texts")
-    predict.add_argument("--output", metavar="FILE", help="write .csv or .jsonl there instead of printing")
+    predict.add_argument("--data", metavar="FILE", help="a .csv, .tsv or .jsonl file with texts")
+    predict.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write .csv, .tsv or .jsonl there instead of printing: the columns of --data, prediction and probability",
+    )
 
     generate = add(
         "generate",
@@ -78,6 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     for command in (evaluate, predict, generate):
         command.add_argument("--text-column", metavar="NAME", help="name of the text column (default: as in training)")
+        command.add_argument(
+            "--encoding", default="utf-8", metavar="NAME", help=f"{ENCODING_HELP} (default: %(default)s)"
+        )
+        command.add_argument("--separator", metavar="NAME", help=SEPARATOR_HELP)
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
     inspect = add("inspect", "adapter_tools:inspect", "what an adapter folder holds")

@@ -10,11 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from unilora_ext.cli.errors import CliError
+from unilora_ext.cli.files import TextFormat, as_json, encoded
 from unilora_ext.family import FAMILY
 
-__all__ = ["CAUSAL_LM", "CLASSIFICATION", "Settings", "check_task", "option_name", "read_run", "run_record"]
+__all__ = [
+    "CAUSAL_LM",
+    "CLASSIFICATION",
+    "ENCODING_HELP",
+    "SEPARATOR_HELP",
+    "Settings",
+    "check_task",
+    "option_name",
+    "read_run",
+    "run_record",
+]
 
 FORMAT_VERSION = 1
+ENCODING_HELP = "of the data files, such as cp1252, latin-1 or utf-16"
+SEPARATOR_HELP = "of the fields in .csv and .tsv files: a character, or tab (without it, a comma, and a tab in .tsv)"
 CLASSIFICATION, CAUSAL_LM = "sequence-classification", "causal-lm"
 
 
@@ -58,9 +71,9 @@ class Settings:
     data: str = _option(
         "",
         str,
-        "training rows. To classify: .csv or .jsonl with a text and a label column. For causal-lm: .jsonl with text, "
-        "with prompt and completion (which is learnt), or with messages (the assistant's turns are learnt by the chat "
-        "template); .csv with a text column; .txt with one text a line",
+        "training rows. To classify: .csv, .tsv or .jsonl with a text and a label column. For causal-lm: .jsonl with "
+        "text, with prompt and completion (which is learnt), or with messages (the assistant's turns are learnt by the "
+        "chat template); .csv or .tsv with a text column; .txt with one text a line",
         "a file",
         bool,
     )
@@ -70,6 +83,8 @@ class Settings:
     test: str | None = _option(None, str, "test rows, scored once at the end with the best adapter")
     text_column: str = _option("text", str, "name of the text column", "a name", bool)
     label_column: str = _option("label", str, "name of the label column", "a name", bool, CLASSIFICATION)
+    encoding: str = _option("utf-8", str, ENCODING_HELP, "a name", bool)
+    separator: str | None = _option(None, str, SEPARATOR_HELP)
     validation_fraction: float = _option(
         0.1, float, "share of --data held out for validation", "a number in (0, 1)", lambda v: 0 < v < 1
     )
@@ -161,6 +176,7 @@ class Settings:
                 raise CliError(f"{option_name(spec.name)}: expected with --task {meta['task']} only, got {self.task}")
         if self.task == CAUSAL_LM and self.best != "loss":
             raise CliError(f"--best: expected loss with --task {CAUSAL_LM}, got {self.best}")
+        _ = self.form  # which checks itself
 
     def absolute(self) -> Settings:
         """With absolute paths, so that the run can be resumed from anywhere."""
@@ -180,6 +196,11 @@ class Settings:
             except ValueError:
                 options[name] = value
         return options
+
+    @property
+    def form(self) -> TextFormat:
+        """How the data files are written."""
+        return TextFormat(self.encoding, self.separator)
 
     @property
     def validation_file(self) -> str:
@@ -204,9 +225,7 @@ def option_name(name: str) -> str:
 
 def run_record(settings: Settings, facts: Mapping[str, Any]) -> bytes:
     """``run.json``: the settings and facts that a resumed run must find unchanged (the files' SHA-256)."""
-    return (
-        json.dumps({"format_version": FORMAT_VERSION, "settings": asdict(settings), **facts}, indent=2).encode() + b"\n"
-    )
+    return encoded(as_json({"format_version": FORMAT_VERSION, "settings": asdict(settings), **facts}))
 
 
 def read_run(output: Path) -> tuple[Settings, dict[str, Any]]:
