@@ -134,7 +134,10 @@ FINETUNE = "finetune --model tiny --data good.csv --output new"
         ("--output run", "got one that holds a run; go on with it"),
         ("--output run --overwrite --data run/validation.csv", "run/validation.csv: expected data outside"),
         ("--output run --overwrite --epochs 0", "--epochs: expected an integer >= 1"),
-        ("--unknown 1", "unrecognized arguments: --unknown 1"),
+        ("--unknown 1", "unilora finetune: error: unrecognized arguments: --unknown 1\n"),
+        ("--epoch 1", "unrecognized arguments: --epoch 1; did you mean '--epochs'?"),
+        ("--separator ;;", "--separator: expected a single character, such as ';' or '|', or tab"),
+        ("--encoding utf-9", "--encoding: expected the name of a text encoding, such as utf-8"),
     ],
 )
 def test_finetune_refuses(folder, capsys, options, expected):

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_cli_causal_data import write_decoder, write_records
 from test_cli_data import write_model, write_rows
 
 from unilora_ext.cli import main
 from unilora_ext.cli.advice import ENOUGH_STEPS, few_steps, hardly_learnt
 from unilora_ext.cli.data import label_entropy, read_rows
+from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -90,10 +92,12 @@ def test_few_steps_and_what_is_enough(steps, epochs):
 
 
 def test_hardly_learnt():
-    assert hardly_learnt(0.69, 0.64, 17, 3) is None
-    message = hardly_learnt(0.6931, 0.6745, 17, 3)
+    assert hardly_learnt(CLASSIFICATION, 0.69, 0.64, 17, 3) is None
+    assert hardly_learnt(CAUSAL_LM, 2.0, 1.96, 17, 3) is None
+    assert hardly_learnt(CAUSAL_LM, 2.0, 1.99, 17, 3) is not None
+    message = hardly_learnt(CLASSIFICATION, 0.6931, 0.6745, 17, 3)
     assert "0.6745" in message and few_steps(17, int(re.search(r"--epochs (\d+)", message)[1])) is None
-    assert "--epochs 40 " in hardly_learnt(1.0, 2.0, 1000, 20)
+    assert "--epochs 40 " in hardly_learnt(CLASSIFICATION, 1.0, 2.0, 1000, 20)
 
 
 def test_the_loss_of_who_knows_the_shares(tmp_path):
@@ -111,11 +115,21 @@ def test_a_run_warns_before_and_after(folder, capsys):
     assert finetune(folder, "--epochs", "1", "--lr-theta", "1e-9", "--lr-head", "1e-9") == 0
     plan, _, rest = capsys.readouterr().out.partition("epoch 1/1")
     assert "warning: 4 steps in all are few to learn from" in plan and f"--epochs {-(-ENOUGH_STEPS // 4)} " in plan
-    assert "hardly anything was learnt" in rest
+    assert "this run hardly learnt anything" in rest
     more = write_rows(folder / "more.csv", 200)
     options = f"--data {more} --batch-size 8 --epochs 7 --d 64 --lr-theta 0.2 --lr-head 0.02"
     assert finetune(folder, *options.split()) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rate", "warned"), [("1e-9", True), ("0.1", False)])
+def test_a_language_model_is_warned_of_only_afterwards(folder, tmp_path, capsys, rate, warned):
+    write_decoder(tmp_path / "decoder")
+    write_records(tmp_path / "records.jsonl", 60)
+    command = f"finetune --task causal-lm --model {tmp_path}/decoder --data {tmp_path}/records.jsonl --d 64"
+    assert main([*command.split(), "--output", str(tmp_path / "run"), "--lr-theta", rate]) == 0
+    out = capsys.readouterr().out
+    assert "few to learn from" not in out and ("this run hardly learnt anything" in out) == warned
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------

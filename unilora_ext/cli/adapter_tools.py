@@ -19,6 +19,14 @@ from unilora_ext.cli.outputs import check_target, write
 
 __all__ = ["export", "inspect", "merge"]
 
+_NAMES = {
+    "base_digest": "digest of the base",
+    "base_sha256": "SHA-256 of the base",
+    "max_length": "tokens of a row",
+    "batch_size": "rows of a batch",
+}
+"""What ``inspect`` calls the facts that a run keeps with its adapter."""
+
 
 def inspect(arguments: Namespace) -> None:
     """Prints what an adapter folder holds. No model is needed."""
@@ -44,7 +52,9 @@ def inspect(arguments: Namespace) -> None:
     for kind, entry in record["files"].items():
         lines[f"file {kind}"] = f"{entry['bytes']:,} bytes, {entry['name']}"
     for key, value in file.metadata.items():
-        lines[key.replace("_", " ")] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        lines[_NAMES.get(key, key.replace("_", " "))] = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        )
     width = max(map(len, lines))
     print("\n".join(f"{key:<{width}}  {value}" for key, value in lines.items()))
 

@@ -26,8 +26,10 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-ENCODING_HELP = "of the data files, such as cp1252, latin-1 or utf-16"
-SEPARATOR_HELP = "of the fields in .csv and .tsv files: a character, or tab (without it, a comma, and a tab in .tsv)"
+ENCODING_HELP = "text encoding of the data files, such as cp1252, latin-1 or utf-16"
+SEPARATOR_HELP = (
+    "what separates the fields in .csv and .tsv files: a character, or tab (without it, a comma, and a tab in .tsv)"
+)
 CLASSIFICATION, CAUSAL_LM = "sequence-classification", "causal-lm"
 
 
@@ -89,18 +91,18 @@ class Settings:
         0.1, float, "share of --data held out for validation", "a number in (0, 1)", lambda v: 0 < v < 1
     )
     seed: int = _option(
-        0, int, "seed of the split, the projection, the start values and the order", "an integer in [0, 2^32)",
+        0, int, "seed of the split, the projection, the start values and the rows' order", "an integer in [0, 2^32)",
         lambda v: 0 <= v < 2**32,
     )  # fmt: skip
-    epochs: int = _option(3, int, "passes over the training rows", **_COUNT)
-    batch_size: int = _option(16, int, "rows a step, of all processes together", **_COUNT)
+    epochs: int = _option(3, int, "passes over the training rows; few rows need more of them: a run warns", **_COUNT)
+    batch_size: int = _option(16, int, "rows in a step of the optimizer, of all processes together", **_COUNT)
     gradient_accumulation: int = _option(
         1, int, "parts in which a process works through its rows of a step: less memory, the same step", **_COUNT
     )
     max_length: int | None = _option(
         None,
         int,
-        "tokens kept of a row (without it, 128, for causal-lm 512, or the model's limit)",
+        "tokens kept of a row (without it, 128, for causal-lm 512, or the model's limit where that is less)",
         "an integer >= 4",
         lambda v: v >= 4,
     )
@@ -119,13 +121,16 @@ class Settings:
         "a number >= 0",
         lambda v: 0 <= v < float("inf"),
     )
-    warmup: float = _option(0.06, float, "share of the steps in which the learning rates rise", **_FRACTION)
+    warmup: float = _option(0.06, float, "share of the steps in which the learning rates rise from 0", **_FRACTION)
     schedule: str = _option(
         "linear", str, "decay after the warm-up: linear, cosine or constant", **_one_of("linear", "cosine", "constant")
     )
     r: int = _option(4, int, "rank of every LoRA matrix pair", **_COUNT)
     d: int | None = _option(
-        None, int, "length of theta_d (without it, the paper's ratio: about an 18th of the LoRA values)", **_COUNT
+        None,
+        int,
+        "length of theta_d, the trained vector (without it, the paper's ratio: about an 18th of the LoRA values)",
+        **_COUNT,
     )
     target_modules: tuple[str, ...] | None = _option(
         None,
@@ -154,7 +159,7 @@ class Settings:
     dtype: str = _option(
         "float32",
         str,
-        "of the frozen weights: float32 or bfloat16",
+        "number format of the frozen weights: float32 or bfloat16",
         **_one_of("float32", "bfloat16"),
         task=CAUSAL_LM,
     )
@@ -162,7 +167,7 @@ class Settings:
         False, bool, "recompute activations in the backward pass: less memory, more time, the same step"
     )
     save_steps: int = _option(100, int, "steps between checkpoints, beside one after each epoch", **_COUNT)
-    device: str = _option("auto", str, "auto, cpu or cuda", **_one_of("auto", "cpu", "cuda"))
+    device: str = _option("auto", str, "auto, cpu or cuda; auto is cuda where it is", **_one_of("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
         for spec in fields(self):

@@ -122,7 +122,7 @@ def train(settings: Settings, task: TaskModel, rows: RunData, output: Path, star
         start, end = before["validation"].loss, scores["validation"].loss
     else:
         start, end = label_entropy(rows.training), trainer.epochs[-1]["train_loss"]
-    _warn(advice.hardly_learnt(start, end, trainer.steps_an_epoch, settings.epochs))
+    _warn(advice.hardly_learnt(settings.task, start, end, trainer.steps_an_epoch, settings.epochs))
     return metrics
 
 
