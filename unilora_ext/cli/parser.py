@@ -116,7 +116,10 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--separator", metavar="CHAR", help=SEPARATOR_HELP)
         command.add_argument(
-            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, the default, is cuda where it is"
+            "--device",
+            choices=("auto", "cpu", "cuda"),
+            default="auto",
+            help="auto (the default) is cuda where there is a GPU",
         )
 
     inspect = add("inspect", "adapter_tools:inspect", "what an adapter folder holds")

@@ -167,7 +167,9 @@ class Settings:
         False, bool, "recompute activations in the backward pass: less memory, more time, the same step"
     )
     save_steps: int = _option(100, int, "steps between checkpoints, beside one after each epoch", **_COUNT)
-    device: str = _option("auto", str, "auto, cpu or cuda; auto is cuda where it is", **_one_of("auto", "cpu", "cuda"))
+    device: str = _option(
+        "auto", str, "auto, cpu or cuda; auto is cuda where there is a GPU", **_one_of("auto", "cpu", "cuda")
+    )
 
     def __post_init__(self) -> None:
         for spec in fields(self):
