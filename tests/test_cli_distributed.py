@@ -110,6 +110,6 @@ def test_one_process_tells_the_error(tmp_path):
     result = launch(tmp_path, "finetune", "--task", "causal-lm", "--model", "tiny", "--data", "missing.jsonl")
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if "unilora finetune: error:" in line]
-    assert len(errors) == 1 and "missing.jsonl: expected a .jsonl, .csv or .txt file, got no such file" in errors[0]
+    assert len(errors) == 1 and "missing.jsonl: expected a .jsonl, .csv, .tsv or .txt file, got no such" in errors[0]
     assert "exitcode  : 2" in result.stderr and 'Traceback (most recent call last):\n  File "/' not in result.stdout
     assert list(tmp_path.iterdir()) == []

@@ -84,9 +84,9 @@ FINETUNE = "finetune --model tiny --data good.csv --output new"
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--data missing.csv", "missing.csv: expected a .csv or .jsonl file, got no such file"),
+        ("--data missing.csv", "missing.csv: expected a .csv, .tsv or .jsonl file, got no such file"),
         ("--data tiny", "got a folder"),
-        ("--data rows.txt", "expected a file that ends in .csv or .jsonl, got '.txt'"),
+        ("--data rows.txt", "expected a file that ends in .csv, .tsv or .jsonl, got '.txt'"),
         ("--data empty.csv", "expected a header line with the columns ['text', 'label']"),
         ("--data header.csv", "expected at least one row, got none"),
         ("--data column.csv", "line 1: expected a column 'label', got ['text', 'labels']; did you mean 'labels'?"),
@@ -105,7 +105,7 @@ FINETUNE = "finetune --model tiny --data good.csv --output new"
         ("--data float.jsonl", "expected a label (a word or an integer), got 0.5"),
         ("--data latin.csv", "latin.csv, line 2: expected UTF-8 text, got other bytes"),
         ("--text-column review", "expected a column 'review', got ['text', 'label']"),
-        ("--validation missing.csv", "missing.csv: expected a .csv or .jsonl file"),
+        ("--validation missing.csv", "missing.csv: expected a .csv, .tsv or .jsonl file"),
         ("--test other_labels.csv", "other_labels.csv, line 3: column 'label': expected one of the labels"),
         ("--model missing/a/b", "--model missing/a/b: expected a model folder or a hub name"),
         ("--model nomodel", "nomodel: expected a model folder with config.json"),
@@ -134,7 +134,10 @@ FINETUNE = "finetune --model tiny --data good.csv --output new"
         ("--output run", "got one that holds a run; go on with it"),
         ("--output run --overwrite --data run/validation.csv", "run/validation.csv: expected data outside"),
         ("--output run --overwrite --epochs 0", "--epochs: expected an integer >= 1"),
-        ("--unknown 1", "unrecognized arguments: --unknown 1"),
+        ("--unknown 1", "unilora finetune: error: unrecognized arguments: --unknown 1\n"),
+        ("--epoch 1", "unrecognized arguments: --epoch 1; did you mean '--epochs'?"),
+        ("--separator ;;", "--separator: expected a single character, such as ';' or '|', or tab"),
+        ("--encoding utf-9", "--encoding: expected the name of a text encoding, such as utf-8"),
     ],
 )
 def test_finetune_refuses(folder, capsys, options, expected):
@@ -156,7 +159,10 @@ def test_finetune_refuses(folder, capsys, options, expected):
         ("evaluate --adapter run/adapter --data good.csv --json good.csv", "expected another file than the input"),
         ("predict --adapter run/adapter", "--text, --data: expected one of them, got neither"),
         ("predict --adapter run/adapter --text a --data good.csv", "expected one of them, got both"),
-        ("predict --adapter run/adapter --data good.csv --output x.txt", "expected a name that ends in .csv or .jsonl"),
+        (
+            "predict --adapter run/adapter --data good.csv --output x.txt",
+            "expected a name that ends in .csv, .tsv or .jsonl",
+        ),
         ("predict --adapter run/adapter --data good.csv --output good.csv", "expected another file than the input"),
         (["predict", "--adapter", "run/adapter", "--text", "a", "--text", " "], "--text number 2: expected a text"),
         ("inspect missing", "missing: expected a Uni-LoRA adapter folder"),
@@ -272,5 +278,5 @@ def test_a_real_process_exits_with_2(folder):
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip() == (
-        "unilora finetune: error: missing.csv: expected a .csv or .jsonl file, got no such file"
+        "unilora finetune: error: missing.csv: expected a .csv, .tsv or .jsonl file, got no such file"
     )

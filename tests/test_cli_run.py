@@ -106,9 +106,12 @@ def test_predict(run, capsys):
     for name in ("out.csv", "out.jsonl"):
         assert main([*adapter, "--data", f"{folder}/test.jsonl", "--output", f"{folder}/{name}"]) == 0
     with open(folder / "out.csv", newline="") as file:
-        from_csv = [(row["text"], row["label"], float(row["probability"])) for row in csv.DictReader(file)]
+        from_csv = [(*row.values(),) for row in csv.DictReader(file)]
     records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-    assert from_csv == [(r["text"], r["label"], r["probability"]) for r in records] and len(records) == 100
+    assert from_csv == [(*map(str, record.values()),) for record in records] and len(records) == 100
+    given = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    for record, row in zip(records, given, strict=True):
+        assert list(record) == ["text", "label", "prediction", "probability"] and record == {**record, **row}
 
 
 def logits_of(model, folder):
@@ -205,9 +208,9 @@ def test_longest_input(config, limit):
     assert _positions(model) == limit
 
 
-@pytest.mark.parametrize(("hidden", "layers", "d"), [(32, 2, 113), (384, 6, 4096), (1024, 24, 22528)])
-def test_default_d(tmp_path, hidden, layers, d, monkeypatch):
-    """The paper's ratio in a large model, more in a small one."""
+@pytest.mark.parametrize(("hidden", "layers", "d"), [(32, 2, 56), (384, 6, 2048), (1024, 24, 22528)])
+def test_default_d(hidden, layers, d, monkeypatch):
+    """The paper's ratio, as of UniLoRAConfig."""
     from unilora_ext.cli import classifier
     from unilora_ext.cli.settings import Settings
 
@@ -217,4 +220,5 @@ def test_default_d(tmp_path, hidden, layers, d, monkeypatch):
     with torch.device("meta"):
         bert = transformers.AutoModelForSequenceClassification.from_config(made)
     monkeypatch.setattr(classifier, "plain_model", lambda *_: (bert, None, ["classifier"], 128))
-    assert classifier.Classifier.new(Settings(model="base", data="rows"), ["a", "b"]).adapter.config.d == d
+    adapter = classifier.Classifier.new(Settings(model="base", data="rows"), ["a", "b"]).adapter
+    assert adapter.config.d == d == ul.default_d(adapter.projection.D)

@@ -156,9 +156,10 @@ def _encode(
     names = {kind: f"{kind}-{sums[kind][:digits]}.safetensors" for kind in contents}
     files = {kind: {"name": names[kind], "bytes": len(data), "sha256": sums[kind]} for kind, data in contents.items()}
     whole = {**record, "files": files}
-    text = json.dumps({**whole, "checksum": digest(whole)}, indent=2).encode() + b"\n"
-    parse(text, folder / ENTRY)
-    return names, text
+    text = json.dumps({**whole, "checksum": digest(whole)}, indent=2, ensure_ascii=False) + "\n"
+    data = text.encode("utf-8", "backslashreplace")  # of a lone surrogate: JSON's own escape
+    parse(data, folder / ENTRY)
+    return names, data
 
 
 def _holds_another(path: Path, data: bytes) -> bool:

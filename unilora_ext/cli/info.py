@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import platform
 from argparse import Namespace
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from unilora_ext._native import _C, cuda_library
+from unilora_ext.cli.files import as_json
 
 __all__ = ["command", "facts"]
 
@@ -68,7 +68,7 @@ def command(arguments: Namespace) -> None:
     """Prints :func:`facts`."""
     found = facts()
     if arguments.as_json:
-        print(json.dumps(found, indent=2))
+        print(as_json(found), end="")
         return
     width = max(len(name) for part in found.values() for name in part)
     for title, part in found.items():

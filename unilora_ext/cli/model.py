@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -14,16 +14,11 @@ import transformers
 from torch import Tensor, nn
 
 import unilora_ext as ul
-from unilora_ext.attaching import layout_of
 from unilora_ext.cli.base import base_digest, base_sha256
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.settings import Settings
-from unilora_ext.config import size_of
-from unilora_ext.targets import find_targets
 
 __all__ = ["Score", "TaskModel", "attach", "device_of", "first_line", "learning_rates", "quiet_bars"]
-
-SMALL_D = 4096  # the paper's ratio D / d of about 18 leaves a small model too little; 16 KiB is no burden
 
 
 @dataclass(frozen=True)
@@ -160,10 +155,6 @@ def attach(model: nn.Module, settings: Settings, targets: Sequence[str] | str, w
         modules_to_save=whole,
         projection_options=settings.options,
     )
-    if chosen.d is None:
-        layout = layout_of(find_targets(model, targets, whole), chosen)
-        if size_of(chosen, layout) is None:
-            chosen = replace(chosen, d=max(ul.default_d(layout.D), min(SMALL_D, layout.D // 9)))
     return ul.attach(model, chosen)
 
 

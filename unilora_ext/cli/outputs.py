@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from unilora_ext.cli.errors import CliError, RunError
+from unilora_ext.cli.files import encoded
 from unilora_ext.files import replace_file
 
 __all__ = ["check_target", "write"]
@@ -48,7 +49,7 @@ def write(path: str, text: str) -> None:
         RunError: it cannot be written.
     """
     try:
-        _write(Path(path), text.encode())
+        _write(Path(path), encoded(text))
     except BrokenPipeError:
         raise
     except OSError as error:

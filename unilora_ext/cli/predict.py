@@ -11,26 +11,30 @@ from typing import Any
 
 from unilora_ext.checkpoint import read
 from unilora_ext.cli.conversations import read_conversations
-from unilora_ext.cli.data import Row, read_rows
+from unilora_ext.cli.data import Row, read_rows, read_table
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.files import check_unicode
+from unilora_ext.cli.files import TextFormat, as_json, check_unicode
 from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION, check_task
 
 __all__ = ["describe", "evaluate", "predict"]
+
+ADDED = ("prediction", "probability")
+"""Columns of a file that ``unilora predict`` writes, after those it has read."""
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def evaluate(arguments: Namespace) -> None:
     """Prints the loss, and the accuracy or perplexity, to the last digit."""
     need("transformers")
     facts = read(arguments.adapter).metadata
-    text, label = _columns(arguments, facts)
+    (text, label), form = _columns(arguments, facts), TextFormat.of(arguments)
     if facts.get("task") == CAUSAL_LM:
         if arguments.label_column is not None:
             raise CliError(f"--label-column: expected for {CLASSIFICATION} only, the adapter's task is {CAUSAL_LM}")
-        rows = read_conversations(arguments.data, text)
+        rows = read_conversations(arguments.data, text, form=form)
     else:
-        rows = read_rows(arguments.data, text, label, facts.get("labels", ()))
+        rows = read_rows(arguments.data, text, label, facts.get("labels", ()), form)
     check_target(arguments.json, arguments.data)
 
     from unilora_ext.cli.tasks import load_on
@@ -45,11 +49,11 @@ def evaluate(arguments: Namespace) -> None:
         record = {"adapter": str(arguments.adapter), "data": str(arguments.data), **result.asdict()}
         if counts:
             record["records"] = counts
-        write(arguments.json, json.dumps(record, indent=2) + "\n")
+        write(arguments.json, as_json(record))
 
 
 def predict(arguments: Namespace) -> None:
-    """Prints a label and its probability a line, or writes a file."""
+    """Prints a label and its probability a line, or writes a file: what was read, and both in columns of their own."""
     need("transformers")
     facts = read(arguments.adapter).metadata
     check_task(arguments.adapter, facts, CLASSIFICATION, "unilora generate")
@@ -57,11 +61,19 @@ def predict(arguments: Namespace) -> None:
         got = "neither" if arguments.text is None else "both"
         raise CliError(f"--text, --data: expected one of them, got {got}")
     output = arguments.output
-    if output is not None and Path(output).suffix.lower() not in (".csv", ".jsonl"):
-        raise CliError(f"--output {output}: expected a name that ends in .csv or .jsonl, got '{Path(output).name}'")
+    if output is not None and Path(output).suffix.lower() not in (*_DELIMITERS, ".jsonl"):
+        raise CliError(
+            f"--output {output}: expected a name that ends in .csv, .tsv or .jsonl, got '{Path(output).name}'"
+        )
     check_target(output, arguments.data, "--output")
     if arguments.data is not None:
-        rows = read_rows(arguments.data, _columns(arguments, facts)[0], None)
+        rows, records = read_table(arguments.data, _columns(arguments, facts)[0], TextFormat.of(arguments))
+        taken = [name for name in ADDED if any(name in record for record in records)]
+        if output is not None and taken:
+            raise CliError(
+                f"{arguments.data}: expected no column '{taken[0]}', which is added to those of the data in --output; "
+                "rename it or take it out"
+            )
     else:
         rows = [Row(text, None, f"--text number {i}") for i, text in enumerate(arguments.text, 1)]
         for row in rows:
@@ -69,6 +81,7 @@ def predict(arguments: Namespace) -> None:
         empty = [row.where for row in rows if not row.text.strip()]
         if empty:
             raise CliError(f"{empty[0]}: expected a text, got nothing")
+        records = [{"text": row.text} for row in rows]
 
     from unilora_ext.cli.classifier import logits
     from unilora_ext.cli.tasks import load_on
@@ -77,15 +90,15 @@ def predict(arguments: Namespace) -> None:
     classifier.ready(rows)
     probabilities = logits(classifier, [row.text for row in rows]).softmax(-1)
     best = probabilities.max(-1)
-    records = [
-        {"text": row.text, "label": classifier.labels[i], "probability": p}
-        for row, i, p in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    found = [(classifier.labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     if output is None:
-        for record in records:
-            print(f"{record['label']}\t{record['probability']:.4f}\t{' '.join(record['text'].split())}")
+        for row, (label, probability) in zip(rows, found, strict=True):
+            print(f"{label}\t{probability:.4f}\t{' '.join(row.text.split())}")
     else:
-        write(output, _jsonl(records) if Path(output).suffix.lower() == ".jsonl" else _csv(records))
+        records = [
+            {**record, **dict(zip(ADDED, pair, strict=True))} for record, pair in zip(records, found, strict=True)
+        ]
+        write(output, _text(records, Path(output).suffix.lower()))
         print(f"wrote {len(records):,} predictions to {output}")
 
 
@@ -107,13 +120,18 @@ def describe(counts: dict[str, int]) -> str:
     return "; ".join(parts)
 
 
-def _jsonl(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _csv(records: list[dict[str, Any]]) -> str:
+def _text(records: list[dict[str, Any]], ending: str) -> str:
+    """Content of a file of that ending."""
+    if ending == ".jsonl":
+        return "".join(as_json(record, indent=None) for record in records)
+    names = dict.fromkeys(name for record in records for name in record if name not in ADDED)
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(records[0]))
+    writer = csv.DictWriter(file, [*names, *ADDED], restval="", delimiter=_DELIMITERS[ending])
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({name: _field(value) for name, value in record.items()} for record in records)
     return file.getvalue()
+
+
+def _field(value: Any) -> str:
+    """A value of JSON in a table: texts as they are, null as nothing."""
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,5 @@
-"""The progress bar of a training run: loss and speed; one line an epoch stays."""
+"""The progress of a training run: loss and speed in a bar, or in plain lines where no terminal shows one; one line an
+epoch stays."""
 
 from __future__ import annotations
 
@@ -12,6 +13,49 @@ from transformers.trainer_callback import ProgressCallback
 from unilora_ext.cli import distributed
 
 __all__ = ["Progress"]
+
+
+SECONDS, SHARE = 10.0, 0.05
+"""Between two lines in a log: at least so long, and at least that share of the steps."""
+
+
+class _Lines:
+    """What stands for the bar in a log file: a plain line now and then, without control characters.
+
+    Args:
+        total: steps of the run.
+        initial: steps done before.
+        disable: whether nothing is shown.
+    """
+
+    def __init__(self, total: int, initial: int, disable: bool) -> None:
+        self.total, self.initial, self.disable = total, initial, disable
+        self.done = self.shown = initial
+        self.began = self.last = time.monotonic()
+        self.text = ""
+
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
+        self.text = text
+
+    def update(self, steps: int) -> None:
+        self.done += steps
+        now = time.monotonic()
+        rare = now - self.last >= SECONDS and self.done - self.shown >= SHARE * self.total
+        if self.disable or not rare or self.done == self.total:  # the epoch's line tells the end
+            return
+        self.last, self.shown = now, self.done
+        left = (now - self.began) / (self.done - self.initial) * (self.total - self.done)
+        share = f"{self.done / self.total:.0%}"
+        print(
+            f"step {self.done}/{self.total} ({share}): {self.text}, about {tqdm.format_interval(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def clear(self) -> None:
+        """Nothing: a line stays."""
+
+    refresh = close = clear
 
 
 class Progress(ProgressCallback):
@@ -39,16 +83,15 @@ class Progress(ProgressCallback):
         return self.processes * self.done[unit] / self.seconds if self.seconds else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_terminal = sys.stderr.isatty()
-        self.training_bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.2 if on_terminal else 20,  # a log file does not need every step
-            leave=False,
-            disable=not state.is_world_process_zero,
-        )
+        shown = {
+            "total": state.max_steps,
+            "initial": state.global_step,
+            "disable": not state.is_world_process_zero,
+        }
+        if sys.stderr.isatty():
+            self.training_bar = tqdm(**shown, unit="step", dynamic_ncols=True, mininterval=0.2, leave=False)
+        else:
+            self.training_bar = _Lines(**shown)
         self.current_step = state.global_step
         self.best = state.best_metric
 

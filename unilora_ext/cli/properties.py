@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unilora_ext.cli.errors import CliError, need
+from unilora_ext.cli.files import as_json
 from unilora_ext.cli.outputs import check_target, write
 from unilora_ext.cli.packages import model_path
 from unilora_ext.errors import UniLoRAError
@@ -53,7 +54,7 @@ def command(arguments: Namespace) -> None:
         for note in row["notes"]:
             print(f"  {row['label']}: {note}")
     if arguments.json is not None:
-        write(arguments.json, json.dumps(rows, indent=2) + "\n")
+        write(arguments.json, as_json(rows))
     if arguments.picture is not None:
         _draw(rows, Path(arguments.picture))
         print(f"picture: {arguments.picture}")

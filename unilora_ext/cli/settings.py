@@ -10,11 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from unilora_ext.cli.errors import CliError
+from unilora_ext.cli.files import TextFormat, as_json, encoded
 from unilora_ext.family import FAMILY
 
-__all__ = ["CAUSAL_LM", "CLASSIFICATION", "Settings", "check_task", "option_name", "read_run", "run_record"]
+__all__ = [
+    "CAUSAL_LM",
+    "CLASSIFICATION",
+    "ENCODING_HELP",
+    "SEPARATOR_HELP",
+    "Settings",
+    "check_task",
+    "option_name",
+    "read_run",
+    "run_record",
+]
 
 FORMAT_VERSION = 1
+ENCODING_HELP = "text encoding of the data files, such as cp1252, latin-1 or utf-16"
+SEPARATOR_HELP = (
+    "what separates the fields in .csv and .tsv files: a character, or tab (without it, a comma, and a tab in .tsv)"
+)
 CLASSIFICATION, CAUSAL_LM = "sequence-classification", "causal-lm"
 
 
@@ -58,9 +73,9 @@ class Settings:
     data: str = _option(
         "",
         str,
-        "training rows. To classify: .csv or .jsonl with a text and a label column. For causal-lm: .jsonl with text, "
-        "with prompt and completion (which is learnt), or with messages (the assistant's turns are learnt by the chat "
-        "template); .csv with a text column; .txt with one text a line",
+        "training rows. To classify: .csv, .tsv or .jsonl with a text and a label column. For causal-lm: .jsonl with "
+        "text, with prompt and completion (which is learnt), or with messages (the assistant's turns are learnt by the "
+        "chat template); .csv or .tsv with a text column; .txt with one text a line",
         "a file",
         bool,
     )
@@ -70,22 +85,24 @@ class Settings:
     test: str | None = _option(None, str, "test rows, scored once at the end with the best adapter")
     text_column: str = _option("text", str, "name of the text column", "a name", bool)
     label_column: str = _option("label", str, "name of the label column", "a name", bool, CLASSIFICATION)
+    encoding: str = _option("utf-8", str, ENCODING_HELP, "a name", bool)
+    separator: str | None = _option(None, str, SEPARATOR_HELP)
     validation_fraction: float = _option(
         0.1, float, "share of --data held out for validation", "a number in (0, 1)", lambda v: 0 < v < 1
     )
     seed: int = _option(
-        0, int, "seed of the split, the projection, the start values and the order", "an integer in [0, 2^32)",
+        0, int, "seed of the split, the projection, the start values and the rows' order", "an integer in [0, 2^32)",
         lambda v: 0 <= v < 2**32,
     )  # fmt: skip
-    epochs: int = _option(3, int, "passes over the training rows", **_COUNT)
-    batch_size: int = _option(16, int, "rows a step, of all processes together", **_COUNT)
+    epochs: int = _option(3, int, "passes over the training rows; few rows need more of them: a run warns", **_COUNT)
+    batch_size: int = _option(16, int, "rows in a step of the optimizer, of all processes together", **_COUNT)
     gradient_accumulation: int = _option(
         1, int, "parts in which a process works through its rows of a step: less memory, the same step", **_COUNT
     )
     max_length: int | None = _option(
         None,
         int,
-        "tokens kept of a row (without it, 128, for causal-lm 512, or the model's limit)",
+        "tokens kept of a row (without it, 128, for causal-lm 512, or the model's limit where that is less)",
         "an integer >= 4",
         lambda v: v >= 4,
     )
@@ -104,13 +121,16 @@ class Settings:
         "a number >= 0",
         lambda v: 0 <= v < float("inf"),
     )
-    warmup: float = _option(0.06, float, "share of the steps in which the learning rates rise", **_FRACTION)
+    warmup: float = _option(0.06, float, "share of the steps in which the learning rates rise from 0", **_FRACTION)
     schedule: str = _option(
         "linear", str, "decay after the warm-up: linear, cosine or constant", **_one_of("linear", "cosine", "constant")
     )
     r: int = _option(4, int, "rank of every LoRA matrix pair", **_COUNT)
     d: int | None = _option(
-        None, int, "length of theta_d (without it, an 18th of the LoRA values, a 9th in a small model)", **_COUNT
+        None,
+        int,
+        "length of theta_d, the trained vector (without it, the paper's ratio: about an 18th of the LoRA values)",
+        **_COUNT,
     )
     target_modules: tuple[str, ...] | None = _option(
         None,
@@ -139,7 +159,7 @@ class Settings:
     dtype: str = _option(
         "float32",
         str,
-        "of the frozen weights: float32 or bfloat16",
+        "number format of the frozen weights: float32 or bfloat16",
         **_one_of("float32", "bfloat16"),
         task=CAUSAL_LM,
     )
@@ -147,7 +167,9 @@ class Settings:
         False, bool, "recompute activations in the backward pass: less memory, more time, the same step"
     )
     save_steps: int = _option(100, int, "steps between checkpoints, beside one after each epoch", **_COUNT)
-    device: str = _option("auto", str, "auto, cpu or cuda", **_one_of("auto", "cpu", "cuda"))
+    device: str = _option(
+        "auto", str, "auto, cpu or cuda; auto is cuda where there is a GPU", **_one_of("auto", "cpu", "cuda")
+    )
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -161,6 +183,7 @@ class Settings:
                 raise CliError(f"{option_name(spec.name)}: expected with --task {meta['task']} only, got {self.task}")
         if self.task == CAUSAL_LM and self.best != "loss":
             raise CliError(f"--best: expected loss with --task {CAUSAL_LM}, got {self.best}")
+        _ = self.form  # which checks itself
 
     def absolute(self) -> Settings:
         """With absolute paths, so that the run can be resumed from anywhere."""
@@ -180,6 +203,11 @@ class Settings:
             except ValueError:
                 options[name] = value
         return options
+
+    @property
+    def form(self) -> TextFormat:
+        """How the data files are written."""
+        return TextFormat(self.encoding, self.separator)
 
     @property
     def validation_file(self) -> str:
@@ -204,9 +232,7 @@ def option_name(name: str) -> str:
 
 def run_record(settings: Settings, facts: Mapping[str, Any]) -> bytes:
     """``run.json``: the settings and facts that a resumed run must find unchanged (the files' SHA-256)."""
-    return (
-        json.dumps({"format_version": FORMAT_VERSION, "settings": asdict(settings), **facts}, indent=2).encode() + b"\n"
-    )
+    return encoded(as_json({"format_version": FORMAT_VERSION, "settings": asdict(settings), **facts}))
 
 
 def read_run(output: Path) -> tuple[Settings, dict[str, Any]]:

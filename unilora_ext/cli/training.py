@@ -14,10 +14,11 @@ import torch
 import transformers
 
 import unilora_ext as ul
-from unilora_ext.cli import checkpoints, distributed, report, sizes
+from unilora_ext.cli import advice, checkpoints, distributed, report, sizes
 from unilora_ext.cli.base import check_known
-from unilora_ext.cli.data import RunData
+from unilora_ext.cli.data import RunData, label_entropy
 from unilora_ext.cli.errors import CliError
+from unilora_ext.cli.files import as_json, encoded
 from unilora_ext.cli.model import Score, TaskModel, device_of, learning_rates
 from unilora_ext.cli.predict import describe
 from unilora_ext.cli.settings import CAUSAL_LM, Settings
@@ -115,9 +116,19 @@ def train(settings: Settings, task: TaskModel, rows: RunData, output: Path, star
     (output / "report").mkdir(exist_ok=True)
     report.draw(metrics["results"], output / "report" / "report.png")
     # Last: its presence says that the run is complete.
-    replace_file(output / "report" / "metrics.json", json.dumps(metrics, indent=2).encode() + b"\n")
+    replace_file(output / "report" / "metrics.json", encoded(as_json(metrics)))
     _print_end(settings, output, best["epoch"], scores, before, metrics)
+    if settings.task == CAUSAL_LM:
+        start, end = before["validation"].loss, scores["validation"].loss
+    else:
+        start, end = label_entropy(rows.training), trainer.epochs[-1]["train_loss"]
+    _warn(advice.hardly_learnt(settings.task, start, end, trainer.steps_an_epoch, settings.epochs))
     return metrics
+
+
+def _warn(message: str | None) -> None:
+    if message is not None:
+        print(f"warning: {message}", flush=True)
 
 
 def _asdicts(scores: dict[str, Score | None]) -> dict[str, dict[str, Any] | None]:
@@ -148,6 +159,8 @@ def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) 
         f"{'s' if len(rates) > 1 else ''} {' and '.join(rates)}, seed {settings.seed}, on {device_of(settings.device)}",
         flush=True,
     )
+    if settings.task != CAUSAL_LM:
+        _warn(advice.few_steps(steps, settings.epochs))
 
 
 def _print_end(
@@ -166,9 +179,7 @@ def _print_end(
             print(f"  {'':<10} without it: {before[name].line()}")
     print(sizes.table(metrics["results"]["sizes"]))
     print(f"report: {output / 'report' / 'metrics.json'}, {output / 'report' / 'report.png'}")
-    data = settings.test or str(output / settings.validation_file)
-    print(
-        "the same number in a new process:\n"
-        f"  unilora evaluate --adapter {shlex.quote(str(output / 'adapter'))} --data {shlex.quote(data)}",
-        flush=True,
-    )
+    own = [str(output / settings.validation_file)]  # which is in UTF-8, with commas
+    data = own if settings.test is None else [settings.test, *settings.form.options()]
+    command = ["unilora", "evaluate", "--adapter", str(output / "adapter"), "--data", *data]
+    print(f"the same number in a new process:\n  {shlex.join(command)}", flush=True)
