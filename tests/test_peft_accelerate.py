@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -316,6 +317,105 @@ def test_gpt2_generates_the_same():
     torch.testing.assert_close(
         fast.merge_and_unload()(x).logits, plain.merge_and_unload()(x).logits, rtol=1e-4, atol=1e-4
     )
+
+
+def several(model, **options):
+    """An accelerated model with the adapters default, b and c, the last of other layers."""
+    made = peft.get_peft_model(model, peft.UniLoraConfig(r=3, theta_d_length=40, **options))
+    made.add_adapter("b", peft.UniLoraConfig(r=2, theta_d_length=30, **options))
+    fewer = {**options, "target_modules": options["target_modules"][-1:]}
+    made.add_adapter("c", peft.UniLoraConfig(r=2, theta_d_length=20, **fewer))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "theta_d" in name:
+                parameter.normal_(std=0.5)
+    return accelerate(made).eval()
+
+
+def tiny_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def alone(model, name, call):
+    """What the model gives with one adapter, or none, for all rows."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return call()
+    model.set_adapter(name)
+    return call()
+
+
+@pytest.mark.parametrize("rounds", range(3))
+def test_rows_of_several_adapters(rounds):
+    """Each row as with its own adapter alone, whichever is active; generated too, by beams and by samples' copies."""
+    model = several(tiny_llama(), target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    names = [["__base__", "default", "b", "c"][k] for k in torch.randint(0, 4, (5,))]
+    x = torch.randint(3, 40, (5, 6))
+    mask = torch.ones_like(x)
+    wanted = {name: alone(model, name, lambda: model(x).logits) for name in set(names)}
+    model.set_adapter("default")
+    got = model(x, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], wanted[name][row], rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(x).logits, alone(model, "default", lambda: model(x).logits))  # nothing stays
+
+    for options in ({}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}):
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "attention_mask": mask, **options}
+        many = options.get("num_return_sequences", 1)
+        generate = partial(model.generate, x, **options)
+        lines = {name: alone(model, name, generate) for name in set(names)}
+        model.set_adapter("default")
+        mixed = model.generate(x, adapter_names=names, **options)
+        for row, name in enumerate(names):
+            own = slice(row * many, (row + 1) * many)
+            assert torch.equal(mixed[own], lines[name][own])
+
+
+def test_rows_of_several_heads():
+    """modules_to_save too are those of the row's adapter."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    model = several(
+        transformers.BertForSequenceClassification(config),
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    x, names = torch.randint(3, 40, (3, 6)), ["b", "default", "b"]
+    wanted = {name: alone(model, name, lambda: model(x).logits) for name in set(names)}
+    got = model(input_ids=x, adapter_names=names).logits
+    torch.testing.assert_close(got, torch.stack([wanted[n][i] for i, n in enumerate(names)]), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_cannot_be_told_are_refused():
+    model = several(tiny_llama(), target_modules=["q_proj", "v_proj"])
+    x = torch.randint(3, 40, (4, 6))
+    for names, message in (
+        (["default", "d", "b", "b"], "expected a list of names in"),
+        (["default"] * 3, "expected a name for each of 4 rows, got 3 names"),
+        (["default"] * 2, "expected a name for each of 4 rows, got 2 names"),
+        ("default", "expected a list of names in"),
+        ([], "expected a name for each of 4 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(x, adapter_names=names)
+        model(x)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        model.train()(x, adapter_names=["b"] * 4)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="no merged adapter"):
+        model(x, adapter_names=["b"] * 4)
 
 
 def test_what_cannot_be_accelerated_is_refused_unchanged():

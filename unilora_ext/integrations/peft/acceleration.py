@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
 from peft.tuners.unilora import UniLoraLayer, UniLoraModel
 from peft.tuners.unilora.layer import Linear
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,7 +33,8 @@ def accelerate(model: peft.PeftModel) -> peft.PeftModel:
     matmul, and the int64 index and the scale of every element are dropped: 4 bytes an element are kept instead of 12
     (8 on CUDA, once gradients are wanted). Everything of PEFT goes on to work, under the same parameter names and in
     the same files: several adapters, added before or after, set_adapter, disable_adapter, merging, unloading,
-    save_pretrained, from_pretrained. PEFT's own code runs where a layer cannot be fused (several active adapters,
+    save_pretrained, from_pretrained. So does ``adapter_names``, an adapter for each row of a batch, which PEFT itself
+    leaves out for UniLora without a word. PEFT's own code runs where a layer cannot be fused (several active adapters,
     dropout, quantised or offloaded base layers), with the same projection.
 
     With a float16 or bfloat16 base PEFT rounds each scale to that type; here it stays float32, so values there agree
@@ -100,6 +105,35 @@ class AcceleratedModel(UniLoraModel):
         self._take_over_layers()
         self._vectors.forget(adapter_name)  # read before the next forward, when its weights are loaded
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where PEFT prepares a forward or generate() with `adapter_names`: a name for each row, or ``"__base__"``."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_rows(names)
+        rows = Rows(names, {1, *(kwargs.get(each) or 1 for each in ("num_beams", "num_return_sequences"))})
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        hooks = [module.register_forward_pre_hook(rows.give, with_kwargs=True) for module in wrappers]
+        self._vectors.rows = rows
+        try:
+            yield
+        finally:
+            self._vectors.rows = None
+            for hook in hooks:
+                hook.remove()
+
+    def _check_rows(self, names: Sequence[str]) -> None:
+        if self.training:
+            raise ValueError("adapter_names: expected a model in evaluation mode, got one in training")
+        layers = _unilora_layers(self).values()
+        known = {"__base__", *(name for layer in layers for name in layer.unilora_indices_A)}
+        if isinstance(names, str) or not known.issuperset(names):
+            raise ValueError(f"adapter_names: expected a list of names in {sorted(known)}, got {names}")
+        if any(layer.merged for layer in layers):
+            raise ValueError("adapter_names: expected no merged adapter: call unmerge_adapter first")
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
@@ -152,7 +186,20 @@ class AcceleratedLinear(Linear):
         update = vector.update(self.slot_ids[adapter], self.weight.device, dtype)
         return update.A, update.B
 
+    def _by_row(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Each row of x [rows, ..., n] with the adapter of its name."""
+        y = self.base_layer(x)
+        for name in dict.fromkeys(names):
+            if name in self.unilora_indices_A:  # else "__base__", or an adapter without this layer
+                A, B = self._get_lora_matrices(name)
+                mine = torch.tensor([i for i, each in enumerate(names) if each == name], device=x.device)
+                update = F.linear(F.linear(x[mine].to(A.dtype), A), B)
+                y = y.index_add(0, mine, update.to(y.dtype))
+        return y
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.vectors.rows is not None and not self.disable_adapters:
+            return self._by_row(x, self.vectors.rows.of(x)).to(x.dtype)
         adapter = None if args or kwargs else self._fusable_adapter(x)
         if adapter is None:
             return super().forward(x, *args, **kwargs)
@@ -173,6 +220,33 @@ class AcceleratedLinear(Linear):
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
             return None
         return active[0] if _is_plain(self.base_layer, x) else None
+
+
+class Rows:
+    """The adapter of each row of a batch.
+
+    Args:
+        names: by row.
+        copies: how many times in turn generate() may take each row.
+    """
+
+    def __init__(self, names: Sequence[str], copies: set[int]) -> None:
+        self.names, self.copies = list(names), copies
+
+    def of(self, x: Tensor) -> list[str]:
+        """The names by row of x [rows, ...].
+
+        Raises:
+            ValueError: x has another number of rows.
+        """
+        copies = len(x) // max(len(self.names), 1)
+        if copies not in self.copies or copies * len(self.names) != len(x):
+            raise ValueError(f"adapter_names: expected a name for each of {len(x)} rows, got {len(self.names)} names")
+        return [name for name in self.names for _ in range(copies)]
+
+    def give(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Forward pre-hook of what PEFT itself computes by names."""
+        return args, {**kwargs, "adapter_names": self.of(args[0])}
 
 
 def _is_plain(base: nn.Module, x: Tensor) -> bool:

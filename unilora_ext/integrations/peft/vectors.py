@@ -51,6 +51,7 @@ class Vectors:
     def __init__(self) -> None:
         self.by_adapter: dict[str, AdapterVector] = {}
         self.changed: set[str] = set()
+        self.rows: Any = None  # the adapter of each row, while a batch has several
 
     def forget(self, name: str) -> None:
         self.by_adapter.pop(name, None)
