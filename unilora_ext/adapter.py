@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,15 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from unilora_ext import checkpoint
-from unilora_ext.attachment import CHILD, Attached, adapted_model, attachment_of, holder_of, whole_tensors
+from unilora_ext.attachment import (
+    CHILD,
+    Attached,
+    adapted_model,
+    attachment_of,
+    batches_seen,
+    holder_of,
+    whole_tensors,
+)
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.export import export_lora
 from unilora_ext.fused import FusedLayer
@@ -19,6 +29,8 @@ from unilora_ext.layer import updated_class
 from unilora_ext.sharded_tensors import exchange_, managed_by_fsdp
 
 __all__ = ["Adapter", "get_adapter", "set_class"]
+
+logger = logging.getLogger("unilora_ext")
 
 
 def set_class(module: nn.Module, adapted_class: type[nn.Module]) -> None:
@@ -48,6 +60,42 @@ class Adapter(Attached):
 
     def __repr__(self) -> str:
         return f"Adapter({self.projection}, r={self.config.r}, layers={len(self.vector.slots)}, merged={self.merged})"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        config, projection = self.config, self.projection
+        trained, all_numbers = self.get_nb_trainable_parameters()
+        state = "merged" if self.merged else "on" if self.vector.enabled else "off"
+        rows = {
+            "model": type(self.model).__name__,
+            "projection": f"{config.projection}, seed {config.seed}",
+            "d, D": f"{projection.d:,}, {projection.D:,} (D / d = {projection.D / projection.d:.1f})",
+            "rank, scaling": f"{config.r}, {config.scaling:g}",
+            "layers": f"{len(self.vector.slots):,}",
+            "trained whole": ", ".join(config.modules_to_save) or "nothing",
+            "numbers trained": f"{trained:,} of {all_numbers:,}",
+            "state": state,
+        }
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+        return f"<table><caption>Uni-LoRA adapter</caption>{cells}</table>"
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(numbers that are trained, all numbers of the model), counted as PEFT does: a tied weight once, packed 4-bit
+        weights as what they stand for."""
+        trained = everything = 0
+        for parameter in self.model.parameters():
+            numbers = parameter.numel()
+            if type(parameter).__name__ == "Params4bit":
+                numbers *= 2 * parameter.element_size()
+            everything += numbers
+            trained += numbers if parameter.requires_grad else 0
+        return trained, everything
+
+    def print_trainable_parameters(self) -> None:
+        """Prints :meth:`get_nb_trainable_parameters`, in PEFT's words."""
+        trained, everything = self.get_nb_trainable_parameters()
+        share = 100 * trained / everything
+        print(f"trainable params: {trained:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
 
     # -- on and off ---------------------------------------------------------------------------------------------------
 
@@ -235,6 +283,16 @@ class Adapter(Attached):
         shards theta_d or modules_to_save, the processes of one such group call it, and its first one writes.
         """
         checkpoint.save(self, folder, metadata, resumable)
+        before = self.attachment.batches
+        moved = [name for name, seen in batches_seen(self.model, self.config).items() if seen != before.get(name)]
+        if moved:
+            logger.warning(
+                "%s: the running statistics of %d layers ('%s' and others) have moved in training and are not saved: "
+                "the loaded model is another one. Put these layers into evaluation mode to train, or into modules_to_save",
+                folder,
+                len(moved),
+                moved[0],
+            )
 
     def export_lora(self, folder: str | Path) -> None:
         """Writes the same update as a plain LoRA adapter in PEFT's format, exact. See :mod:`.integrations.peft`."""

@@ -14,7 +14,16 @@ from unilora_ext.shared_vector import SharedVector
 from unilora_ext.targets import find_modules
 from unilora_ext.uncalled import Handle
 
-__all__ = ["CHILD", "CONTAINERS", "Attachment", "adapted_model", "attachment_of", "holder_of", "whole_tensors"]
+__all__ = [
+    "CHILD",
+    "CONTAINERS",
+    "Attachment",
+    "adapted_model",
+    "attachment_of",
+    "batches_seen",
+    "holder_of",
+    "whole_tensors",
+]
 
 CHILD = "unilora"
 """Name under which a model holds its :class:`SharedVector`: ``state_dict`` has ``unilora.theta_d``."""
@@ -30,6 +39,7 @@ class Attachment:
     requires_grad: dict[str, bool]  # of every parameter, before
     classes: dict[str, type[nn.Module]]  # of every adapted layer, before
     saved_originals: dict[str, Tensor]  # parameters and buffers of modules_to_save, before
+    batches: dict[str, int]  # that each frozen layer with running statistics had seen, before
     handles: list[Handle] = field(default_factory=list)
     trained_before_merge: dict[str, bool] = field(default_factory=dict)  # requires_grad of what is trained
     replicated: bool = False  # what is trained is whole on every process, see distributed.replicate
@@ -70,6 +80,17 @@ def whole_tensors(model: nn.Module, config: UniLoRAConfig) -> dict[str, Tensor]:
         for key, value in module.state_dict(prefix=name + ".", keep_vars=True).items():
             tensors.setdefault(key, value)
     return tensors
+
+
+def batches_seen(model: nn.Module, config: UniLoRAConfig) -> dict[str, int]:
+    """How many batches the layers with running statistics (BatchNorm) have seen, by name, but for modules_to_save."""
+    saved = whole_tensors(model, config)
+    seen = {}
+    for name, module in model.named_modules():
+        count = getattr(module, "num_batches_tracked", None)
+        if isinstance(count, Tensor) and not count.is_meta and f"{name}.num_batches_tracked" not in saved:
+            seen[name] = int(count)
+    return seen
 
 
 class Attached:
