@@ -295,3 +295,23 @@ def test_jit_trace(tmp_path, materialize):
         assert torch.equal(traced(x), model(x))
         traced.save(str(tmp_path / "traced.pt"))
         assert torch.equal(torch.jit.load(str(tmp_path / "traced.pt"))(x), model(x))
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_onnx(dynamo, tmp_path):
+    """The merged model, run by ONNX's own reference; an attached one is refused in words that help."""
+    reference = pytest.importorskip("onnx.reference")
+    pytest.importorskip("onnxscript")
+    model, x = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3)).eval(), torch.randn(4, 7)
+    adapter = ul.attach(model, ul.UniLoRAConfig(r=2, d=30, target_modules="all-linear", init_bound=0.5))
+    expected, path = model(x).detach(), str(tmp_path / "model.onnx")
+    options = {"dynamo": True, "external_data": False, "verbose": False} if dynamo else {"dynamo": False}
+    with pytest.raises(Exception, match=r"detach\(merge=True\)") as error:
+        torch.onnx.export(model, (x,), path, **options)
+    assert dynamo or isinstance(error.value, ul.UniLoRAError)
+    assert torch.equal(model(x), expected)
+    torch.onnx.export(adapter.detach(merge=True), (x,), path, **options)
+    run = reference.ReferenceEvaluator(path)
+    got = torch.from_numpy(run.run(None, {run.input_names[0]: x.numpy()})[0])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from unilora_ext import checkpoint
@@ -168,7 +168,9 @@ class Adapter(Attached):
         layers = self.layers
         for name, layer in layers.items():
             if not isinstance(layer, FusedLayer):
-                kind = self.attachment.classes[name].__name__
+                kind, weight = self.attachment.classes[name].__name__, getattr(layer, "weight", None)
+                if isinstance(weight, Tensor) and type(weight) is not nn.Parameter:
+                    kind += f" with a weight of {type(weight).__name__}"
                 raise UniLoRAError(
                     f"merge: expected a plain floating weight, got a {kind}: keep the adapter attached, or load it on "
                     f"the model in full precision and merge there (layer '{name}')"
@@ -288,7 +290,7 @@ class Adapter(Attached):
         if moved:
             logger.warning(
                 "%s: the running statistics of %d layers ('%s' and others) have moved in training and are not saved: "
-                "the loaded model is another one. Put these layers into evaluation mode to train, or into modules_to_save",
+                "the loaded model is another one. Put these layers into eval() to train, or into modules_to_save",
                 folder,
                 len(moved),
                 moved[0],

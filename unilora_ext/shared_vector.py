@@ -142,6 +142,11 @@ class SharedVector(nn.Module):
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         if graph_is_traced():
+            if self.enabled and not torch.compiler.is_dynamo_compiling() and _for_onnx():
+                raise UniLoRAError(
+                    "torch.onnx.export: ONNX has no operator for the projection: export the plain model with the "
+                    "update in it, which detach(merge=True) returns"
+                )
             self._traced = self._trace_all(model) if self.enabled and self._together else None
             return
         self._keep_wide()
@@ -385,6 +390,14 @@ def _kept(make: Callable[[], _Made]) -> _Made:
 def _moved(tensor: Tensor, device: torch.device, reduction: Reduction | None) -> Tensor:
     tensor = tensor.to(device)
     return tensor if reduction is None else reduction(tensor)
+
+
+def _for_onnx() -> bool:
+    """Whether the graph that is traced is for ``torch.onnx.export``, which says so of one of its two exporters only."""
+    frame = sys._getframe(1)
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch.onnx."):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _stream(device: torch.device) -> int:

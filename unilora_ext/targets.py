@@ -166,7 +166,8 @@ def _is_linear(module: nn.Module) -> bool:
     """Whether a module is one linear map: of known kind, or stating its features with no such module inside."""
     if isinstance(module, nn.Linear) or _is_conv1d(module):
         return True
-    return _features(module) is not None and not any(_features(part) for part in list(module.modules())[1:])
+    called = (part for name, part in module.named_modules() if name and reads_weight(module, name) is None)
+    return _features(module) is not None and not any(map(_features, called))
 
 
 def _is_plain(tensor: Tensor) -> bool:

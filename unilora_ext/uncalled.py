@@ -63,6 +63,8 @@ def reads_weight(parent: nn.Module | None, child: str) -> str | None:
     None: not known to."""
     if isinstance(parent, nn.MultiheadAttention):
         return "torch.nn.MultiheadAttention"
+    if type(parent).__name__ == "HQQLinear" and child == "linear_layer":  # the original, kept with del_orig=False
+        return "HQQLinear"
     for cls in type(parent).__mro__:
         if not cls.__module__.startswith("transformers."):
             continue
