@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from models import Tower, tokens
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import unilora_ext as ul
