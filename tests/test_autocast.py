@@ -119,7 +119,7 @@ def test_models(mode):
         run = torch.compile(model, backend="aot_eager")
     elif mode == "exported":
         run = torch.export.export(model, (x,)).module()
-        theta_d = dict(run.named_parameters())["unilora.theta_d"]
+        theta_d = dict(run.named_parameters())["0.unilora.theta_d"]
     with torch.autocast("cpu", torch.bfloat16):
         y = run(x)
         assert y.dtype == torch.bfloat16

@@ -94,7 +94,7 @@ def test_forces_in_a_potential(device, kind):
     x = torch.randn(5, 3, dtype=torch.float64, device=device)
     if kind == "exported":
         exported = torch.export.export(model, (x,)).module()
-        theta_d = dict(exported.named_parameters())["unilora.theta_d"]
+        theta_d = dict(exported.named_parameters())["0.unilora.theta_d"]
         actual = force_gradient(exported, theta_d, x)
     else:
         actual = force_gradient(model, adapter.theta_d, x)

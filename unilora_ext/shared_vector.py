@@ -142,7 +142,7 @@ class SharedVector(nn.Module):
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         if graph_is_traced():
-            if self.enabled and not torch.compiler.is_dynamo_compiling() and _for_onnx():
+            if self.enabled and _for_onnx():
                 raise UniLoRAError(
                     "torch.onnx.export: ONNX has no operator for the projection: export the plain model with the "
                     "update in it, which detach(merge=True) returns"
@@ -398,6 +398,9 @@ def _for_onnx() -> bool:
     while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch.onnx."):
         frame = frame.f_back
     return frame is not None
+
+
+_for_onnx._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which would import dynamo
 
 
 def _stream(device: torch.device) -> int:
