@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from unilora_ext import checkpoint
 from unilora_ext.attachment import CHILD, Attached, attachment_of, whole_tensors
-from unilora_ext.errors import UniLoRAError
+from unilora_ext.errors import UniLoRAError, naming
 from unilora_ext.export import export_lora
 from unilora_ext.fused import FusedLayer
 from unilora_ext.layer import updated_class
@@ -127,7 +125,7 @@ class Adapter(Attached):
         self._check_weights_unshared()
         try:
             for name, layer in layers.items():
-                with _naming(name):
+                with naming(name):
                     layer.merge()
         except BaseException:
             for layer in layers.values():
@@ -146,7 +144,7 @@ class Adapter(Attached):
             if key in adapted and owners.setdefault(key, name) != name:
                 raise UniLoRAError(
                     f"merge: the weight of '{adapted[key]}' is shared by '{owners[key]}' and '{name}': "
-                    "merging would change both"
+                    "merging would change both. Keep the adapter attached, or give each its own weight before attach()"
                 )
 
     def unmerge(self) -> None:
@@ -159,7 +157,7 @@ class Adapter(Attached):
             raise UniLoRAError("unmerge: the adapter is not merged")
         layers = self.layers
         for name, layer in layers.items():
-            with _naming(name):
+            with naming(name):
                 layer.check_unmerge()
         for layer in layers.values():
             layer.restore_weight()
@@ -252,12 +250,3 @@ class _Disabled:
     def __exit__(self, *exc: object) -> None:
         if self._was_enabled:
             self._adapter.enable()
-
-
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Adds the name of the layer to an error."""
-    try:
-        yield
-    except UniLoRAError as error:
-        raise UniLoRAError(f"{error} (layer '{layer}')") from None

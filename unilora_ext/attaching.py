@@ -162,5 +162,4 @@ def _plain_weight(target: Target) -> Tensor:
             f"'{target.name}': expected a plain floating weight with values, which this projection is made from; "
             f"got {got}"
         )
-    weight = full(weight)
-    return weight.T if target.adapted_class.fan_in_fan_out else weight
+    return target.adapted_class.as_matrix(full(weight))

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from unilora_ext.attachment import Attached
-from unilora_ext.errors import UniLoRAError
+from unilora_ext.errors import UniLoRAError, naming
 from unilora_ext.files import locked, replace_file, sweep
-from unilora_ext.functional import accumulator_dtype
 from unilora_ext.sharded_tensors import full, is_writer, reshard
 
 __all__ = ["PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
@@ -31,10 +30,12 @@ def export_lora(adapter: Attached, folder: str | Path) -> None:
     Args:
         adapter: attached, merged or not.
         folder: gets ``adapter_model.safetensors`` (``<module>.lora_A.weight`` [r, n], ``<module>.lora_B.weight``
-            [m, r], float32, and modules_to_save) and ``adapter_config.json`` (lora_alpha = scaling r).
+            [m, r], float32, or what PEFT has for convolutions and embeddings; and modules_to_save) and
+            ``adapter_config.json`` (lora_alpha = scaling r).
 
     Raises:
-        UniLoRAError: a layer is used under two names, or the projection makes dense updates; nothing is written.
+        UniLoRAError: a layer is used under two names, PEFT has no such LoRA of a layer (a convolution with groups,
+            dilation or another padding than zeros), or the projection makes dense updates; nothing is written.
 
     PEFT loads all of it. vLLM and llama.cpp's converter refuse an adapter with modules_to_save.
     """
@@ -42,8 +43,8 @@ def export_lora(adapter: Attached, folder: str | Path) -> None:
     config, tensors = adapter.config, {}
     with torch.no_grad():
         for name, layer in adapter.layers.items():
-            A, B = layer.lora_factors(accumulator_dtype(layer.update_like()[1]))
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+            with naming(name):
+                tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in layer.plain_lora().items()}
     for name, tensor in adapter.modules_to_save().items():
         tensors[PREFIX + name] = tensor
     alpha = config.r if config.alpha is None else config.alpha

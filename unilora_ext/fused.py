@@ -1,4 +1,5 @@
-"""Layers with a plain weight: y = x (W + dW)^T + b in one operator, or by a weight that the update is folded into."""
+"""Layers with a plain weight, which the update can be folded into; a linear one is one operator,
+y = x (W + dW)^T + b."""
 
 from __future__ import annotations
 
@@ -21,15 +22,22 @@ _MERGED = "unilora_merged"
 
 
 class FusedLayer(UniLoRALayer):
-    """The update, as a mixin in front of a linear layer with a plain floating ``weight`` [m, n] and a ``bias``: product
-    and update are one operator, and the update can be folded into the weight."""
+    """The update, as a mixin in front of a layer with a plain floating ``weight``, which it can be folded into. For a
+    linear layer with a ``bias``, product and update are one operator; other kinds say what the update of their y is
+    (:meth:`_updated`)."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def dense_weight(self) -> Tensor:
-        """W as [m, n], whatever the layout of ``weight``."""
-        return self.weight
+    @classmethod
+    def as_matrix(cls, weight: Tensor) -> Tensor:
+        """A ``weight`` of this kind of layer as W [m, n], a view."""
+        return weight
+
+    @classmethod
+    def as_weight(cls, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The reverse of :meth:`as_matrix`: [m, n] in the shape of `weight`, a view."""
+        return matrix
 
     def update_like(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
@@ -43,10 +51,15 @@ class FusedLayer(UniLoRALayer):
             )
         if state.original is not None or not state.vector.enabled:
             return super(UniLoRALayer, self).forward(x)
+        return self._updated(x)
+
+    def _updated(self, x: Tensor) -> Tensor:
+        """y of x, with the update."""
         if self._dropping():
             return self._added(super(UniLoRALayer, self).forward(x), x)
-        update = state.vector.update(state.slot_id, weight.device, autocast_dtype(x.device, weight.dtype))
-        return update.linear(x, self.dense_weight(), self.bias)
+        weight = self.weight
+        update = self._update(weight.device, autocast_dtype(x.device, weight.dtype))
+        return update.linear(x, self.as_matrix(weight), self.bias)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -70,9 +83,7 @@ class FusedLayer(UniLoRALayer):
             )
         if self.weight.is_meta:
             raise UniLoRAError("merge: the weight has no values here: it is on the meta device, or offloaded")
-        delta = self.delta_weight()
-        if self.fan_in_fan_out:
-            delta = delta.T
+        delta = self.as_weight(self.delta_weight(), self.weight)
         merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
         if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
             raise UniLoRAError("merge: weight + update is not finite in " + str(self.weight.dtype))
@@ -176,8 +187,8 @@ def warn_merged(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the bits of a weight [m, n], read as integers, over its rows and its columns: [n] and [m], int64, on the
-    CPU. A write changes them; where and in which order they are summed does not."""
+    """Sums of the bits of a weight, read as integers, over its first dimension and its last (of [m, n]: [n] and [m]),
+    int64, on the CPU. A write changes them; where and in which order they are summed does not."""
     weight = weight.detach().to_local() if is_sharded(weight) else weight.detach()
     bits = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
     return bits.sum(0).cpu(), bits.sum(-1).cpu()

@@ -97,6 +97,15 @@ class UniLoRALayer(nn.Module):
         slot = state.vector.slots[state.slot_id]
         return state.vector.fresh_update(state.slot_id, device, accumulator_dtype(dtype), slot).dense()
 
+    def plain_lora(self) -> dict[str, Tensor]:
+        """The factors as PEFT's LoRA names them below the layer, in float32 (float64 for a float64 weight).
+
+        Raises:
+            UniLoRAError: PEFT's LoRA of such a layer is another function, or the update has no factors.
+        """
+        A, B = self.lora_factors(accumulator_dtype(self.update_like()[1]))
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
     def _update(self, device: torch.device, dtype: torch.dtype) -> Update:
         """The update of what this process holds, from the projection of the running forward."""
         return self._unilora.vector.update(self._unilora.slot_id, device, dtype)

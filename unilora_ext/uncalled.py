@@ -6,7 +6,9 @@ from it (:func:`keep_called`), and the rest is found in the first forward with g
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ from torch import nn
 from unilora_ext.functional import graph_is_traced
 from unilora_ext.shared_vector import SharedVector
 
-__all__ = ["CallWatch", "keep_called", "keeps_called", "reads_weight"]
+__all__ = ["CallWatch", "keep_called", "keeps_called", "mentions_weight", "reads_weight"]
 
 logger = logging.getLogger("unilora_ext")
 
@@ -71,6 +73,27 @@ def reads_weight(parent: nn.Module | None, child: str) -> str | None:
         if child in _READ_IN_TRANSFORMERS.get(cls.__name__, ()):
             quantised = hasattr(getattr(parent, "config", None), "_is_quantized")
             return None if quantised and cls.__name__ in _CALL_WHEN_QUANTISED else cls.__name__
+    return None
+
+
+def mentions_weight(parent: nn.Module | None, child: str) -> str | None:
+    """The class of `parent` whose source has ``self.<child>.weight`` for more than its dtype, device or shape, outside
+    what makes, ties or resizes it; None: none has. For embeddings and convolutions, whose weights so many models read
+    that no list could hold them."""
+    read = re.compile(rf"\bself\.{re.escape(child)}\.weight\b(?!\.(dtype|device|shape|size|dim|ndim|numel|is_meta)\b)")
+    for cls in type(parent).__mro__:
+        if cls.__module__.startswith("torch."):
+            continue
+        for name, function in vars(cls).items():
+            function = inspect.unwrap(getattr(function, "__func__", function))
+            if not inspect.isfunction(function) or re.search("init|tie|resize|reset", name):
+                continue
+            try:
+                source = inspect.getsource(function)
+            except (OSError, TypeError, SyntaxError):  # made at run time
+                continue
+            if read.search(source):
+                return cls.__name__
     return None
 
 

@@ -175,6 +175,10 @@ def _targeted_names(model: nn.Module, folder: Path, theirs: Any) -> list[str]:
 def _convert(model: nn.Module, names: list[str], theirs: Any) -> UniLoRAConfig:
     if not names:
         raise AttachError(f"target_modules: expected modules that match {theirs.target_modules}, found none")
+    for name in names:
+        if isinstance(module := model.get_submodule(name), (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            kind = type(module).__name__
+            raise AttachError(f"target_modules: '{name}' ({kind}) cannot be an adapted layer of PEFT's UniLora")
     present = [name for name, _ in model.named_modules()]
     # PEFT names the usual heads of a task whether the model has them or not.
     whole = [m for m in theirs.modules_to_save or () if any(n == m or n.endswith("." + m) for n in present)]
