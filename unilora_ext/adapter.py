@@ -138,7 +138,7 @@ class Adapter(Attached):
 
     def _check_weights_unshared(self) -> None:
         owners: dict[int, str] = {}
-        adapted = {id(layer.weight): name for name, layer in self.layers.items() if hasattr(layer, "weight")}
+        adapted = {id(weight): name for name, layer in self.layers.items() for weight in layer.weights.values()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             key = id(parameter)
             if key in adapted and owners.setdefault(key, name) != name:

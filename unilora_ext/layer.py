@@ -29,15 +29,15 @@ class LayerState:
         vector: the shared vector.
         slot_id: this layer's number in it.
         dropout: probability with which an input of the update's path is zeroed in training.
-        original: while merged, the weight as it was.
-        merged_sums: while merged, what tells whether the weight was written since.
+        original: while merged, the weights as they were, by name.
+        merged_sums: while merged, what tells whether they were written since.
     """
 
     vector: SharedVector
     slot_id: int
     dropout: float
-    original: Tensor | None = None
-    merged_sums: tuple[Tensor, Tensor] | None = None
+    original: dict[str, Tensor] | None = None
+    merged_sums: dict[str, tuple[Tensor, Tensor]] | None = None
 
 
 class UniLoRALayer(nn.Module):
@@ -46,6 +46,7 @@ class UniLoRALayer(nn.Module):
 
     _unilora: LayerState
     fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
+    takes_dense: ClassVar[bool] = True  # whether an update may be one without factors
 
     @classmethod
     def local_slot(cls, linear: nn.Module, layout: Layout, slot_id: int) -> Slot:
@@ -134,18 +135,19 @@ class UniLoRALayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         make, arguments, *state = super().__reduce_ex__(protocol)
-        bases = type(self).__bases__
-        if bases[0] is UniLoRALayer and type(self) is updated_class(bases[1]):  # pickle does not find such a class
-            make, arguments = _new_updated, (bases[1],)
+        mixin, *bases = type(self).__bases__
+        if len(bases) == 1 and type(self) is updated_class(bases[0], mixin):  # pickle does not find such a class
+            make, arguments = _new_updated, (bases[0], mixin)
         return make, arguments, *state
 
 
 @cache
-def updated_class(layer_class: type[nn.Module]) -> type[UniLoRALayer]:
-    """`layer_class`, a linear map of its own kind, with the update added to what it returns."""
-    return type(f"UniLoRA{layer_class.__name__}", (UniLoRALayer, layer_class), {"__doc__": UniLoRALayer.__doc__})
+def updated_class(layer_class: type[nn.Module], mixin: type[UniLoRALayer] = UniLoRALayer) -> type[UniLoRALayer]:
+    """`layer_class`, of its own kind, with a mixin in front; with the usual one, the update of a linear map is added
+    to what it returns."""
+    return type(f"UniLoRA{layer_class.__name__}", (mixin, layer_class), {"__doc__": mixin.__doc__})
 
 
-def _new_updated(layer_class: type[nn.Module]) -> UniLoRALayer:
-    adapted_class = updated_class(layer_class)
+def _new_updated(layer_class: type[nn.Module], mixin: type[UniLoRALayer]) -> UniLoRALayer:
+    adapted_class = updated_class(layer_class, mixin)
     return adapted_class.__new__(adapted_class)

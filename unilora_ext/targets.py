@@ -18,6 +18,9 @@ from unilora_ext.convolution import UniLoRAConv1d, UniLoRAConv2d, UniLoRAConv3d
 from unilora_ext.embedding import UniLoRAEmbedding
 from unilora_ext.embedding import problem_of as problem_of_embedding
 from unilora_ext.errors import AttachError, shown
+from unilora_ext.experts import adapted_experts, stacks_experts
+from unilora_ext.experts import problem_of as problem_of_experts
+from unilora_ext.experts import shape_of as shape_of_experts
 from unilora_ext.fused import FusedLayer
 from unilora_ext.layer import UniLoRALayer, updated_class
 from unilora_ext.linear import UniLoRALinear
@@ -91,7 +94,10 @@ def find_targets(
                 f"target_modules: '{name}' is also in modules_to_save {list(modules_to_save)}: choose one"
             )
         adapted_class = _adapted_class(name, module, modules)
-        m, n = _features(module) or adapted_class.as_matrix(module.weight).shape
+        if stacks_experts(module):
+            m, n = shape_of_experts(module)
+        else:
+            m, n = _features(module) or adapted_class.as_matrix(module.weight).shape
         targets.append(Target(name, module, adapted_class, m, n))
     return targets
 
@@ -173,12 +179,14 @@ def _warn_of_stacks(model: nn.Module) -> None:
     part, whole = (sum(p.numel() for p in parameters) for parameters in (stacks.values(), model.parameters()))
     if part <= _STACKS_WORTH_A_WARNING * whole:
         return
+    experts = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if stacks_experts(m)})
     endings = sorted({".".join(name.split(".")[-2:]) for name in stacks})
     logger.warning(
-        "target_modules='all-linear' leaves out %.0f %% of the model's weights: stacked matrices that are no linear "
-        "layers, as those of experts are (%s). They cannot be adapted; they stay frozen",
+        "target_modules='all-linear' leaves out %.0f %% of the model's weights, which stay frozen: stacked matrices "
+        "that are no linear layers, as those of experts are (%s)%s",
         100 * part / whole,
         ", ".join(endings[:10]) + (", ..." if len(endings) > 10 else ""),
+        f". To adapt them, list the layers in target_modules, {experts} among them" if experts else "",
     )
 
 
@@ -225,13 +233,15 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     reader = _read_by(above, child, module, modules)
     if reader is not None:
         raise refuse(f"{reader} reads its weight instead of calling it, so an update would have no effect")
-    plain = _plain_class(module)
-    if plain is None and not (_is_linear(module) and _features(module)):
+    experts, plain = stacks_experts(module), _plain_class(module)
+    if plain is None and not experts and not (_is_linear(module) and _features(module)):
         raise refuse(
-            "expected a torch.nn.Linear, Embedding, Conv1d, Conv2d or Conv3d (no subclass), a transformers Conv1D, or "
-            "another linear layer with in_features and out_features (a quantised one)"
+            "expected a torch.nn.Linear, Embedding, Conv1d, Conv2d or Conv3d (no subclass), Conv1D or stacked "
+            "experts of Transformers, or another linear layer with in_features and out_features (a quantised one)"
         )
     if type(module) is nn.Embedding and (problem := problem_of_embedding(module)):
+        raise refuse(problem)
+    if experts and (problem := problem_of_experts(module)):
         raise refuse(problem)
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:  # Accelerate's hooks keep the old one
         raise refuse(
@@ -246,6 +256,8 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
         if type(module) is not nn.Linear or problem_of(module):
             raise refuse(problem_of(module) or "expected a torch.nn.Linear around a sharded weight")
         return UniLoRAShardedLinear
+    if experts:
+        return adapted_experts(module)
     if plain is None or not (_is_plain(module.weight) or _is_conv1d(module)):
         if _features(module) is None:
             raise refuse(f"expected a plain floating weight, got a {type(module.weight).__name__}")
