@@ -75,6 +75,7 @@ class ExpertsLayer(FusedLayer):
         name = self.weight_names[part]
         weight = getattr(self, name)[expert]
         weight = weight.T if self.is_transposed else weight
+        x = x.to(weight.dtype)  # some gates give float32
         bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
         if self._dropping():
             return update.added(F.linear(x, weight, bias), F.dropout(x, self._unilora.dropout))
