@@ -233,6 +233,49 @@ def test_what_would_be_wrong_is_refused(make, message):
     assert_unchanged(model, before)
 
 
+class Tied(nn.Module):
+    """Calls its table, and reads it for the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Reader(read=False)
+
+    def forward(self, ids):
+        return F.linear(self.inner(ids), self.inner.table.weight)
+
+
+def test_a_table_that_is_read_from_above_is_refused():
+    with pytest.raises(ul.AttachError, match=r"'inner.table' .*Tied reads its weight"):
+        ul.attach(Tied(), config(target_modules=["inner.table"]))
+
+
 def test_a_table_that_is_read_is_refused():
     with pytest.raises(ul.AttachError, match=r"'table' .*Reader reads its weight instead of calling it"):
         ul.attach(Reader(read=True), config(target_modules=["table"]))
+
+
+def test_pefts_unilora_has_no_embeddings(tmp_path):
+    adapter = ul.attach(Tower(), config(projection="peft", alpha=None))
+    with pytest.raises(ul.UniLoRAError, match=r"to_peft: 'embed': expected a linear layer .* got Embedding"):
+        ul.integrations.peft.to_peft(adapter, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bert", "T5"])
+def test_word_tables_of_usual_models_are_adapted(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    if kind == "T5":
+        sizes = dict(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)
+    configuration = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}Model")(configuration)
+    name = {"Llama": "embed_tokens", "GPT2": "wte", "Bert": "word_embeddings", "T5": "shared"}[kind]
+    adapter = ul.attach(model, config(target_modules=[name], d=9))
+    assert [type(layer) for layer in adapter.layers.values()] == [UniLoRAEmbedding]
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = Tower()
+    adapter = ul.attach(model, config())
+    assert adapter.vector.layout.shapes[0] == (12, 50)

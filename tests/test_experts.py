@@ -217,11 +217,20 @@ def test_experts_without_tokens_and_copies():
     torch.testing.assert_close(again(x, chosen, shares), layer(x, chosen, shares))
 
 
-def test_what_is_not_exported(tmp_path):
-    adapter = ul.attach(small("Mixtral"), config())
-    with pytest.raises(ul.UniLoRAError, match=r"export: expected layers of one matrix.*mlp.experts"):
-        adapter.export_lora(tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
+@pytest.mark.parametrize("targets", [["experts", "q_proj"], ["experts"]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_is_pefts_lora_of_parameters(kind, targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, x = small(kind).float(), ids()
+    plain = copy.deepcopy(model)
+    adapter = ul.attach(model, config(target_modules=targets))
+    adapter.export_lora(tmp_path / "lora")
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").eval()
+    with torch.no_grad():
+        y = model(x).logits
+        torch.testing.assert_close(theirs(x).logits, y, rtol=1e-3, atol=1e-3)
+        with adapter.disable():
+            assert (model(x).logits - y).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("what", ["_is_expert_parallel", "has_post_expert_norm"])
@@ -240,3 +249,14 @@ def test_other_stacks_are_refused():
 
     with pytest.raises(ul.AttachError, match=r"'0' \(Own\) cannot be adapted"):
         ul.attach(torch.nn.Sequential(Own()), config(target_modules=["0"]))
+
+
+def test_compiles_in_parts():
+    model, x = small("Mixtral").float(), ids()
+    adapter = ul.attach(model, config())
+    y = model(x).logits
+    (wanted,) = torch.autograd.grad(y.square().sum(), adapter.theta_d)
+    got = torch.compile(model, backend="aot_eager")(x).logits
+    torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-4)
+    gradient = torch.autograd.grad(got.square().sum(), adapter.theta_d)[0]
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-2)

@@ -22,6 +22,7 @@ class ConvolutionLayer(FusedLayer):
     Shape: as of the layer, x [N, in_channels, *size] or [in_channels, *size].
     """
 
+    is_linear = False
     dimensions: ClassVar[int]
     own_convolution: ClassVar[Callable[..., Tensor]]
 

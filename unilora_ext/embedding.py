@@ -21,6 +21,8 @@ class UniLoRAEmbedding(FusedLayer, nn.Embedding):
     Shape: integer ids [...] -> y [..., m].
     """
 
+    is_linear = False
+
     @classmethod
     def as_matrix(cls, weight: Tensor) -> Tensor:
         return weight.T

@@ -40,7 +40,7 @@ class ExpertsLayer(FusedLayer):
     tokens, product and update in one operator. Sums over experts are in float32.
     """
 
-    takes_dense = False
+    is_linear = takes_dense = False
     _names: ClassVar[dict[bool, tuple[str, str]]] = {
         True: ("gate_up_proj", "down_proj"),
         False: ("up_proj", "down_proj"),
@@ -67,7 +67,7 @@ class ExpertsLayer(FusedLayer):
             token, choice = torch.where(chosen == expert)
             h = self._linear(x[token], 0, expert, up[expert])
             h = self._linear(self._apply_gate(h) if self.has_gate else self.act_fn(h), 1, expert, down[expert])
-            y = y.index_add(0, token, (h * shares[token, choice, None]).to(y.dtype))
+            y.index_add_(0, token, (h * shares[token, choice, None]).to(y.dtype))
         return y.to(x.dtype)
 
     def _linear(self, x: Tensor, part: int, expert: int, update: LowRankUpdate) -> Tensor:
@@ -111,11 +111,19 @@ class ExpertsLayer(FusedLayer):
         """
         raise UniLoRAError("delta_weight: expected a layer with one matrix; weight_updates() has those of the experts")
 
+    @property
+    def target_parameters(self) -> tuple[str, ...]:
+        return tuple(name for name in self._parameters if name in self.weight_names)
+
     def plain_lora(self) -> dict[str, Tensor]:
-        raise UniLoRAError(
-            "export: expected layers of one matrix, got experts in one parameter: detach(merge=True) keeps the update "
-            "in the weights"
-        )
+        A, B = self.lora_factors(accumulator_dtype(self.weight.dtype))
+        updates = dict(zip(self.weight_names, self._updates(LowRankUpdate(A, B, self.scaling)), strict=True))
+        tensors, wrappers = {}, ""
+        for name in reversed(self.target_parameters):  # PEFT wraps a module for each, the last one outermost
+            tensors[f"{wrappers}lora_A.weight"] = torch.cat([update.A for update in updates[name]])  # [E r, n]
+            tensors[f"{wrappers}lora_B.weight"] = torch.stack([u.B for u in updates[name]], 2).flatten(1)  # [m, r E]
+            wrappers += "base_layer."
+        return tensors
 
 
 def stacks_experts(module: nn.Module) -> bool:
@@ -140,8 +148,8 @@ def problem_of(module: nn.Module) -> str | None:
         return "it has a norm after each expert"
     for name in ExpertsLayer._names[module.has_gate]:
         weight = getattr(module, name, None)
-        if not isinstance(weight, nn.Parameter) or type(weight) is not nn.Parameter or weight.dim() != 3:
-            return f"expected '{name}' as a plain parameter of three dimensions"
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 3:
+            return f"expected '{name}' as a parameter of three dimensions"
         if not weight.is_floating_point() or len(weight) != module.num_experts:
             return (
                 f"expected '{name}' as {module.num_experts} floating matrices, got {list(weight.shape)} {weight.dtype}"

@@ -30,7 +30,7 @@ def export_lora(adapter: Attached, folder: str | Path) -> None:
     Args:
         adapter: attached, merged or not.
         folder: gets ``adapter_model.safetensors`` (``<module>.lora_A.weight`` [r, n], ``<module>.lora_B.weight``
-            [m, r], float32, or what PEFT has for convolutions and embeddings; and modules_to_save) and
+            [m, r], float32, or what PEFT has for other kinds; and modules_to_save) and
             ``adapter_config.json`` (lora_alpha = scaling r).
 
     Raises:
@@ -48,12 +48,15 @@ def export_lora(adapter: Attached, folder: str | Path) -> None:
     for name, tensor in adapter.modules_to_save().items():
         tensors[PREFIX + name] = tensor
     alpha = config.r if config.alpha is None else config.alpha
+    parameters = [f"{name}.{part}" for name, layer in adapter.layers.items() for part in layer.target_parameters]
     record = {
         **common_record(adapter),
         "peft_type": "LORA",
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # PEFT and vLLM declare an integer
-        "lora_dropout": config.dropout,
+        "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has none of parameters
     }
+    if parameters:
+        record["target_parameters"] = parameters
     write_folder(adapter, folder, record, tensors)
 
 
@@ -65,7 +68,9 @@ def common_record(adapter: Attached) -> dict[str, Any]:
         "r": config.r,
         "bias": "none",
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers.values()),
-        "target_modules": exact_targets(model, list(adapter.layers)),
+        "target_modules": exact_targets(
+            model, [n for n, layer in adapter.layers.items() if not layer.target_parameters]
+        ),
         "modules_to_save": list(config.modules_to_save) or None,
         "task_type": _task_type(model),
         "inference_mode": True,

@@ -46,7 +46,13 @@ class UniLoRALayer(nn.Module):
 
     _unilora: LayerState
     fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
+    is_linear: ClassVar[bool] = True  # x [..., n] -> [..., m], of one matrix
     takes_dense: ClassVar[bool] = True  # whether an update may be one without factors
+
+    @property
+    def target_parameters(self) -> tuple[str, ...]:
+        """The parameters by which PEFT's LoRA names this layer as a target; none: by its own name."""
+        return ()
 
     @classmethod
     def local_slot(cls, linear: nn.Module, layout: Layout, slot_id: int) -> Slot:

@@ -216,11 +216,15 @@ def _is_conv1d(module: nn.Module) -> bool:
     return transformers is not None and type(module) is transformers.Conv1D
 
 
-def _read_by(above: str, child: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """The class that reads the weight of `module` instead of calling it."""
-    parent = modules.get(above)
-    reader = reads_weight(parent, child)
-    return reader if reader or _is_linear(module) else mentions_weight(parent, child)
+def _read_by(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The class that reads the weight of the module `name` instead of calling it, or besides."""
+    above, _, child = name.rpartition(".")
+    reader = reads_weight(modules.get(above), child)
+    if reader or _is_linear(modules[name]):
+        return reader
+    parts = name.split(".")
+    levels = (modules[".".join(parts[:i])] for i in range(len(parts)))
+    return next(filter(None, (mentions_weight(m, ".".join(parts[i:])) for i, m in enumerate(levels))), None)
 
 
 def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> type[UniLoRALayer]:
@@ -229,8 +233,7 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     def refuse(reason: str) -> AttachError:
         return AttachError(f"target_modules: '{name}' ({type(module).__name__}) cannot be adapted: {reason}")
 
-    above, _, child = name.rpartition(".")
-    reader = _read_by(above, child, module, modules)
+    reader = _read_by(name, modules)
     if reader is not None:
         raise refuse(f"{reader} reads its weight instead of calling it, so an update would have no effect")
     experts, plain = stacks_experts(module), _plain_class(module)
@@ -257,6 +260,8 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
             raise refuse(problem_of(module) or "expected a torch.nn.Linear around a sharded weight")
         return UniLoRAShardedLinear
     if experts:
+        if not all(map(_is_plain, module.parameters())):
+            raise refuse("expected plain parameters, not quantised or sharded ones")
         return adapted_experts(module)
     if plain is None or not (_is_plain(module.weight) or _is_conv1d(module)):
         if _features(module) is None:

@@ -10,7 +10,9 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -76,25 +78,27 @@ def reads_weight(parent: nn.Module | None, child: str) -> str | None:
     return None
 
 
-def mentions_weight(parent: nn.Module | None, child: str) -> str | None:
-    """The class of `parent` whose source has ``self.<child>.weight`` for more than its dtype, device or shape, outside
+def mentions_weight(module: nn.Module, path: str) -> str | None:
+    """The class of `module` whose source has ``self.<path>.weight`` for more than its dtype, device or shape, outside
     what makes, ties or resizes it; None: none has. For embeddings and convolutions, whose weights so many models read
     that no list could hold them."""
-    read = re.compile(rf"\bself\.{re.escape(child)}\.weight\b(?!\.(dtype|device|shape|size|dim|ndim|numel|is_meta)\b)")
-    for cls in type(parent).__mro__:
-        if cls.__module__.startswith("torch."):
-            continue
-        for name, function in vars(cls).items():
-            function = inspect.unwrap(getattr(function, "__func__", function))
-            if not inspect.isfunction(function) or re.search("init|tie|resize|reset", name):
-                continue
-            try:
-                source = inspect.getsource(function)
-            except (OSError, TypeError, SyntaxError):  # made at run time
-                continue
-            if read.search(source):
-                return cls.__name__
-    return None
+    unread = "dtype|device|shape|size|dim|ndim|numel|is_meta"
+    read = re.compile(rf"\bself\.{re.escape(path)}\.weight\b(?!\.({unread})\b)")
+    return next((cls.__name__ for cls in type(module).__mro__ if read.search(_source_of(cls))), None)
+
+
+@cache
+def _source_of(cls: type) -> str:
+    """The source of a class's functions, without those that make, tie or resize weights; of PyTorch's own: nothing."""
+    if cls.__module__.startswith("torch.") or cls is object:
+        return ""
+    parts = []
+    for name, function in vars(cls).items():
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if inspect.isfunction(function) and not re.search("init|tie|resize|reset", name):
+            with suppress(OSError, TypeError, SyntaxError):  # made at run time
+                parts.append(inspect.getsource(function))
+    return "\n".join(parts)
 
 
 # ---- evaluation of torch.nn.TransformerEncoder ----------------------------------------------------------------------
