@@ -141,6 +141,17 @@ def test_compiles_as_one_graph(kind):
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), adapter.theta_d)[0], wanted)
 
 
+@pytest.mark.parametrize("kind", ["2d", "groups", "reflect"])
+def test_exported_for_any_number_of_samples(kind):
+    model, _, x = made(kind)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: batch},))
+    traced = torch.jit.trace(model, (x,))
+    more = torch.cat([x, x.flip(0), x])
+    torch.testing.assert_close(program.module()(more), model(more))
+    torch.testing.assert_close(traced(more), model(more))
+
+
 def test_autocast_and_channels_last():
     layer, shape = KINDS["2d"]()
     model = nn.Sequential(layer)

@@ -55,7 +55,7 @@ class ConvolutionLayer(FusedLayer):
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        kernels = kernels.reshape(len(kernels), -1, *self.kernel_size)
+        kernels = kernels.reshape(kernels.shape[0], -1, *self.kernel_size)
         return type(self).own_convolution(x, kernels, None, self.stride, padding, self.dilation, groups)
 
 

@@ -72,10 +72,12 @@ class LowRankUpdate(Update):
             return F.linear(look_up(self.A.T), self.B).mul(self.scaling)
 
     def convolved(self, x: Tensor, convolve: Convolve, groups: int) -> Tensor:
-        samples, size = len(x), x.shape[2:]
-        # A is the same for all groups: a group is a sample
-        h = convolve(x.reshape(samples * groups, x.shape[1] // groups, *size), self.A, 1)
-        h = h.reshape(samples, groups * len(self.A), *h.shape[2:])
+        samples, channels, *size = x.shape
+        if groups > 1:  # A is the same for all of them: each group of a sample is a sample
+            x = x.reshape(samples * groups, channels // groups, *size)
+        h = convolve(x, self.A, 1)
+        if groups > 1:
+            h = h.reshape(samples, groups * self.A.shape[0], *h.shape[2:])
         kernels = self.B.reshape(*self.B.shape, *(1 for _ in size))
         point_wise = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         return point_wise(h, kernels, groups=groups).mul(self.scaling)
