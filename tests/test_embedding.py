@@ -1,6 +1,7 @@
 """Embeddings as targets: against plain PyTorch in float64, and against PEFT's LoRA."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -210,9 +211,9 @@ def whole_numbers():
     return table
 
 
-class Scaled(nn.Embedding):
+class Other(nn.Embedding):
     def forward(self, input):
-        return super().forward(input) * 3
+        return super().forward(input) + self.weight.mean()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ class Scaled(nn.Embedding):
     [
         (lambda: nn.Embedding(5, 3, max_norm=1.0), "with max_norm it writes its weight"),
         (lambda: nn.Embedding(5, 3, scale_grad_by_freq=True), "scale_grad_by_freq"),
-        (lambda: Scaled(5, 3), r"'0' \(Scaled\) cannot be adapted: expected a torch.nn.Linear, Embedding"),
+        (lambda: Other(5, 3), r"'0' \(Other\) cannot be adapted: expected a torch.nn.Linear, Embedding"),
         (lambda: nn.EmbeddingBag(5, 3), r"\(EmbeddingBag\) cannot be adapted"),
         (whole_numbers, "expected a floating weight, got torch.int8"),
     ],
@@ -279,3 +280,26 @@ def test_meta_device():
         model = Tower()
     adapter = ul.attach(model, config())
     assert adapter.vector.layout.shapes[0] == (12, 50)
+
+
+def test_a_table_that_is_scaled(tmp_path):
+    """Gemma's has a forward around that of nn.Embedding, which has the update; so has PEFT's LoRA."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    configuration = transformers.Gemma3TextConfig(**sizes, intermediate_size=8, vocab_size=9)
+    model, ids = transformers.Gemma3TextModel(configuration).double().eval(), torch.randint(0, 9, (2, 5))
+    plain = copy.deepcopy(model)
+    adapter = ul.attach(model, config(target_modules=["embed_tokens"], d=9))
+    assert type(model.embed_tokens).__name__ == f"UniLoRA{type(plain.embed_tokens).__name__}"
+    table = plain.embed_tokens.weight + dense_update(model, adapter)["embed_tokens"].T
+    torch.testing.assert_close(model.embed_tokens(ids), table[ids] * plain.embed_tokens.embed_scale)
+    y = model(ids).last_hidden_state
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).last_hidden_state, y)
+    adapter.export_lora(tmp_path / "lora")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "lora").eval()
+    torch.testing.assert_close(theirs(ids).last_hidden_state, y, rtol=1e-4, atol=1e-4)
+    adapter.merge()
+    torch.testing.assert_close(model(ids).last_hidden_state, y)
+    adapter.detach()
+    assert type(model.embed_tokens) is type(plain.embed_tokens)
+    assert torch.equal(model(ids).last_hidden_state, plain(ids).last_hidden_state)

@@ -147,13 +147,19 @@ class UniLoRALayer(nn.Module):
         return make, arguments, *state
 
 
+def updated_class(layer_class: type[nn.Module], mixin: type[nn.Module] = UniLoRALayer) -> type[UniLoRALayer]:
+    """`layer_class`, of its own kind, with a mixin in front: always the same class. With the usual mixin, the update of
+    a linear map is added to what it returns; with a subclass of what `layer_class` adapts, to what its ``super()``
+    returns."""
+    return _updated_class(layer_class, mixin)
+
+
 @cache
-def updated_class(layer_class: type[nn.Module], mixin: type[UniLoRALayer] = UniLoRALayer) -> type[UniLoRALayer]:
-    """`layer_class`, of its own kind, with a mixin in front; with the usual one, the update of a linear map is added
-    to what it returns."""
-    return type(f"UniLoRA{layer_class.__name__}", (mixin, layer_class), {"__doc__": mixin.__doc__})
+def _updated_class(layer_class: type[nn.Module], mixin: type[nn.Module]) -> type[UniLoRALayer]:
+    own = layer_class if issubclass(mixin, UniLoRALayer) else mixin
+    return type(f"UniLoRA{own.__name__}", (mixin, layer_class), {"__doc__": UniLoRALayer.__doc__})
 
 
-def _new_updated(layer_class: type[nn.Module], mixin: type[UniLoRALayer]) -> UniLoRALayer:
+def _new_updated(layer_class: type[nn.Module], mixin: type[nn.Module]) -> UniLoRALayer:
     adapted_class = updated_class(layer_class, mixin)
     return adapted_class.__new__(adapted_class)

@@ -25,7 +25,7 @@ from unilora_ext.fused import FusedLayer
 from unilora_ext.layer import UniLoRALayer, updated_class
 from unilora_ext.linear import UniLoRALinear
 from unilora_ext.sharded_tensors import is_sharded, managed_by_fsdp
-from unilora_ext.uncalled import mentions_weight, reads_weight
+from unilora_ext.uncalled import extends_forward, mentions_weight, reads_weight
 
 __all__ = ["Target", "find_modules", "find_targets"]
 
@@ -239,10 +239,11 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
     experts, plain = stacks_experts(module), _plain_class(module)
     if plain is None and not experts and not (_is_linear(module) and _features(module)):
         raise refuse(
-            "expected a torch.nn.Linear, Embedding, Conv1d, Conv2d or Conv3d (no subclass), Conv1D or stacked "
-            "experts of Transformers, or another linear layer with in_features and out_features (a quantised one)"
+            "expected a torch.nn.Linear, Embedding, Conv1d, Conv2d or Conv3d (not a subclass with another forward), a "
+            "Conv1D or stacked experts of Transformers, or another linear layer with in_features and out_features (a "
+            "quantised one)"
         )
-    if type(module) is nn.Embedding and (problem := problem_of_embedding(module)):
+    if isinstance(module, nn.Embedding) and (problem := problem_of_embedding(module)):
         raise refuse(problem)
     if experts and (problem := problem_of_experts(module)):
         raise refuse(problem)
@@ -273,12 +274,15 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
 
 
 def _plain_class(module: nn.Module) -> type[FusedLayer] | None:
-    """The class that adapts a module of this very type around a plain weight; None: there is none."""
+    """The class that adapts a module of this type around a plain weight; None: there is none."""
     if _is_conv1d(module):
         from unilora_ext.conv1d import UniLoRAConv1D
 
         return UniLoRAConv1D
-    return _PLAIN.get(type(module))
+    kind = type(module)
+    if kind not in _PLAIN and isinstance(module, nn.Embedding) and extends_forward(kind, nn.Embedding):
+        return updated_class(UniLoRAEmbedding, kind)  # such as one that scales
+    return _PLAIN.get(kind)
 
 
 _PLAIN: dict[type[nn.Module], type[FusedLayer]] = {

@@ -21,7 +21,7 @@ from torch import nn
 from unilora_ext.functional import graph_is_traced
 from unilora_ext.shared_vector import SharedVector
 
-__all__ = ["CallWatch", "keep_called", "keeps_called", "mentions_weight", "reads_weight"]
+__all__ = ["CallWatch", "extends_forward", "keep_called", "keeps_called", "mentions_weight", "reads_weight"]
 
 logger = logging.getLogger("unilora_ext")
 
@@ -82,9 +82,25 @@ def mentions_weight(module: nn.Module, path: str) -> str | None:
     """The class of `module` whose source has ``self.<path>.weight`` for more than its dtype, device or shape, outside
     what makes, ties or resizes it; None: none has. For embeddings and convolutions, whose weights so many models read
     that no list could hold them."""
-    unread = "dtype|device|shape|size|dim|ndim|numel|is_meta"
-    read = re.compile(rf"\bself\.{re.escape(path)}\.weight\b(?!\.({unread})\b)")
+    read = _reading_of(f"self.{path}.weight")
     return next((cls.__name__ for cls in type(module).__mro__ if read.search(_source_of(cls))), None)
+
+
+def extends_forward(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a subclass of `base` leaves what its weight does to the forward of `base`: it has none of its own, or one
+    whose source calls ``super().forward`` and does not read ``self.weight``."""
+    read = _reading_of("self.weight")
+    for part in cls.__mro__[: cls.__mro__.index(base)]:
+        source = _source_of(part)
+        if ("forward" in vars(part) and "super().forward(" not in source) or read.search(source):
+            return False
+    return True
+
+
+def _reading_of(weight: str) -> re.Pattern[str]:
+    """Matches what is done with an expression but for asking its dtype, device or shape."""
+    unread = "dtype|device|shape|size|dim|ndim|numel|is_meta"
+    return re.compile(rf"\b{re.escape(weight)}\b(?!\.({unread})\b)")
 
 
 @cache
