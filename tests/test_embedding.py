@@ -303,3 +303,15 @@ def test_a_table_that_is_scaled(tmp_path):
     adapter.detach()
     assert type(model.embed_tokens) is type(plain.embed_tokens)
     assert torch.equal(model(ids).last_hidden_state, plain(ids).last_hidden_state)
+
+
+class Imitation(torch.Tensor):
+    """A tensor that is not what it seems, as a quantised one."""
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Embedding(5, 3), lambda: nn.Conv2d(3, 3, 2)])
+def test_a_weight_that_imitates_a_floating_one_is_refused(make):
+    layer = make()
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Imitation))
+    with pytest.raises(ul.AttachError, match="cannot be adapted: expected a plain floating weight, got a Imitation"):
+        ul.attach(nn.Sequential(layer), config(target_modules=["0"]))

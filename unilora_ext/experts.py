@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -17,15 +16,6 @@ from unilora_ext.layer import UniLoRALayer, updated_class
 from unilora_ext.updates import LowRankUpdate
 
 __all__ = ["ExpertsLayer", "adapted_experts", "problem_of", "shape_of", "stacks_experts"]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One projection of all experts: ``weight`` [E, m, n] ([E, n, m] where the module stores it transposed)."""
-
-    name: str
-    m: int
-    n: int
 
 
 class ExpertsLayer(FusedLayer):
@@ -63,7 +53,7 @@ class ExpertsLayer(FusedLayer):
         x, chosen, shares = signature(own_forward).bind(*args, **kwargs).arguments.values()
         up, down = self._updates(self._update(x.device, autocast_dtype(x.device, self.weight.dtype)))
         y = torch.zeros(x.shape, dtype=accumulator_dtype(x.dtype), device=x.device)
-        for expert in chosen.unique().tolist():
+        for expert in chosen[chosen < self.num_experts].unique().tolist():  # beyond them: no expert, as in its own loop
             token, choice = torch.where(chosen == expert)
             h = self._linear(x[token], 0, expert, up[expert])
             h = self._linear(self._apply_gate(h) if self.has_gate else self.act_fn(h), 1, expert, down[expert])
@@ -83,16 +73,15 @@ class ExpertsLayer(FusedLayer):
 
     def _updates(self, update: LowRankUpdate) -> list[list[LowRankUpdate]]:
         """The updates of each projection, by expert."""
-        parts, experts, r = _parts_of(self), self.num_experts, self.r
-        of_A = update.A.split([experts * part.n for part in parts], 1)
-        of_B = update.B.split([experts * part.m for part in parts])
-        return [
-            [LowRankUpdate(A, B, update.scaling) for A, B in zip(As, Bs, strict=True)]
-            for As, Bs in (
-                (A.view(r, experts, part.n).transpose(0, 1).contiguous().unbind(), B.view(experts, part.m, r).unbind())
-                for part, A, B in zip(parts, of_A, of_B, strict=True)
-            )
-        ]
+        shapes, experts = _shapes_of(self), self.num_experts
+        of_A = update.A.split([experts * n for _, n in shapes], 1)
+        of_B = update.B.split([experts * m for m, _ in shapes])
+        by_projection = []
+        for (m, n), A, B in zip(shapes, of_A, of_B, strict=True):
+            As = A.reshape(self.r, experts, n).transpose(0, 1).contiguous().unbind()
+            Bs = B.view(experts, m, self.r).unbind()
+            by_projection.append([LowRankUpdate(*AB, update.scaling) for AB in zip(As, Bs, strict=True)])
+        return by_projection
 
     def weight_updates(self) -> dict[str, Tensor]:
         state, dtype = self._unilora, accumulator_dtype(self.weight.dtype)
@@ -159,13 +148,11 @@ def problem_of(module: nn.Module) -> str | None:
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(M, N) of the update of all experts, see :class:`ExpertsLayer`."""
-    parts = _parts_of(module)
-    return module.num_experts * sum(part.m for part in parts), module.num_experts * sum(part.n for part in parts)
+    shapes = _shapes_of(module)
+    return module.num_experts * sum(m for m, _ in shapes), module.num_experts * sum(n for _, n in shapes)
 
 
-def _parts_of(module: nn.Module) -> list[_Part]:
-    parts = []
-    for name in ExpertsLayer._names[module.has_gate]:
-        _, m, n = getattr(module, name).shape
-        parts.append(_Part(name, n, m) if module.is_transposed else _Part(name, m, n))
-    return parts
+def _shapes_of(module: nn.Module) -> list[tuple[int, int]]:
+    """(m, n) of an expert's two projections."""
+    stored = [getattr(module, name).shape[1:] for name in ExpertsLayer._names[module.has_gate]]
+    return [tuple(shape[::-1] if module.is_transposed else shape) for shape in stored]
