@@ -36,9 +36,9 @@ WRONG_ATTACH = {
         r"expected a module whose whole name matches 'layers\.\*', Tower has the linear layers",
     ),
     "a module that is not linear": (
-        Tower,
-        adapted(target_modules=["embed"]),
-        r"'embed' \(Embedding\) cannot be adapted: expected a torch.nn.Linear, a transformers",
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),
+        adapted(target_modules=["1"]),
+        r"'1' \(LayerNorm\) cannot be adapted: expected a torch.nn.Linear, Embedding",
     ),
     "a container": (Tower, adapted(target_modules=["blocks"]), r"'blocks' \(ModuleList\) cannot be adapted"),
     "a layer whose parent reads its weight": (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from unilora_ext.attachment import (
     holder_of,
     whole_tensors,
 )
-from unilora_ext.errors import UniLoRAError
+from unilora_ext.errors import UniLoRAError, naming
 from unilora_ext.export import export_lora
 from unilora_ext.fused import FusedLayer
 from unilora_ext.layer import updated_class
@@ -178,7 +176,7 @@ class Adapter(Attached):
         self._check_weights_unshared()
         try:
             for name, layer in layers.items():
-                with _naming(name):
+                with naming(name):
                     layer.merge()
         except BaseException:
             for layer in layers.values():
@@ -191,13 +189,13 @@ class Adapter(Attached):
 
     def _check_weights_unshared(self) -> None:
         owners: dict[int, str] = {}
-        adapted = {id(layer.weight): name for name, layer in self.layers.items() if hasattr(layer, "weight")}
+        adapted = {id(weight): name for name, layer in self.layers.items() for weight in layer.weights.values()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             key = id(parameter)
             if key in adapted and owners.setdefault(key, name) != name:
                 raise UniLoRAError(
                     f"merge: the weight of '{adapted[key]}' is shared by '{owners[key]}' and '{name}': "
-                    "merging would change both"
+                    "merging would change both. Keep the adapter attached, or give each its own weight before attach()"
                 )
 
     def unmerge(self) -> None:
@@ -210,7 +208,7 @@ class Adapter(Attached):
             raise UniLoRAError("unmerge: the adapter is not merged")
         layers = self.layers
         for name, layer in layers.items():
-            with _naming(name):
+            with naming(name):
                 layer.check_unmerge()
         for layer in layers.values():
             layer.restore_weight()
@@ -313,12 +311,3 @@ class _Disabled:
     def __exit__(self, *exc: object) -> None:
         if self._was_enabled:
             self._adapter.enable()
-
-
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Adds the name of the layer to an error."""
-    try:
-        yield
-    except UniLoRAError as error:
-        raise UniLoRAError(f"{error} (layer '{layer}')") from None

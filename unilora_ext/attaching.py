@@ -15,7 +15,7 @@ from unilora_ext.config import UniLoRAConfig, make_projection, size_of
 from unilora_ext.errors import AttachError, UniLoRAError
 from unilora_ext.fused import FusedLayer, check_load, warn_merged
 from unilora_ext.layer import LayerState
-from unilora_ext.layout import Layout
+from unilora_ext.layout import Layout, Order
 from unilora_ext.linear import start_on
 from unilora_ext.pretrained import adopt, is_pretrained
 from unilora_ext.projections import Projection, projection_class
@@ -80,6 +80,12 @@ class Plan:
             raise AttachError(f"attach: {type(model).__name__} has an adapter (or another attribute '{CHILD}') already")
         targets = find_targets(model, config.target_modules, config.modules_to_save, whole_names)
         layout = layout_of(targets, config)
+        for target in targets:
+            if layout.order is Order.DENSE and not target.adapted_class.takes_dense:
+                raise AttachError(
+                    f"attach: '{target.name}' ({type(target.module).__name__}): expected a projection to A and B, got "
+                    f"'{config.projection}', whose updates are dense"
+                )
         try:
             projection = make_projection(config, layout, weights=lambda i: _plain_weight(targets[i]), version=version)
         except UniLoRAError as error:
@@ -207,11 +213,10 @@ def _plain_weight(target: Target) -> Tensor:
         AttachError: it has no values, or is not stored as plain numbers.
     """
     weight = getattr(target.module, "weight", None)
-    if not issubclass(target.adapted_class, FusedLayer) or weight.is_meta:
+    if not issubclass(target.adapted_class, FusedLayer) or weight is None or weight.is_meta:
         got = "one on the meta device" if getattr(weight, "is_meta", False) else f"a {type(target.module).__name__}"
         raise AttachError(
             f"'{target.name}': expected a plain floating weight with values, which this projection is made from; "
             f"got {got}"
         )
-    weight = full(weight)
-    return weight.T if target.adapted_class.fan_in_fan_out else weight
+    return target.adapted_class.as_matrix(full(weight))

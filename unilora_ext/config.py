@@ -37,9 +37,10 @@ class UniLoRAConfig:
     Attributes:
         r: rank of every B_l A_l.
         d: length of theta_d; None: what the sizes give, or the paper's ratio, see :func:`default_d`.
-        target_modules: which linear layers are adapted: a list of names or name endings (``["query", "value"]``), a
-            regular expression that must match the whole module name, or ``"all-linear"`` (every linear layer but the
-            output head and those that are known to be read and not called).
+        target_modules: which layers are adapted (linear ones, embeddings, convolutions, stacked experts): a list of
+            names or name endings (``["query", "value"]``), a regular expression that must match the whole module name,
+            or ``"all-linear"`` (every linear layer but the output head and those that are known to be read and not
+            called).
         projection: how theta_d becomes the layers' updates: ``"uniform"`` (the paper's), or another name of
             :data:`~unilora_ext.family.FAMILY`.
         seed: of P, in [0, 2^63). theta_d itself starts from PyTorch's global generator.

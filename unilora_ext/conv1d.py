@@ -13,8 +13,13 @@ class UniLoRAConv1D(FusedLayer, Conv1D):
 
     fan_in_fan_out = True
 
-    def dense_weight(self) -> Tensor:
-        return self.weight.T
+    @classmethod
+    def as_matrix(cls, weight: Tensor) -> Tensor:
+        return weight.T
+
+    @classmethod
+    def as_weight(cls, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.T
 
     def forward(self, x: Tensor) -> Tensor:  # Conv1D's name of the argument
         return super().forward(x)

@@ -1,6 +1,9 @@
 """The errors of this package. Each message names what was wrong, what was expected and what was given."""
 
-__all__ = ["AdapterFileError", "AttachError", "UniLoRAError", "shown"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["AdapterFileError", "AttachError", "UniLoRAError", "naming", "shown"]
 
 
 class UniLoRAError(ValueError):
@@ -22,3 +25,12 @@ def shown(value: object) -> str:
     except (RecursionError, ValueError):  # nested too deep; an integer of too many digits
         return f"{type(value).__name__} too large to show"
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Adds the name of the layer to an error."""
+    try:
+        yield
+    except UniLoRAError as error:
+        raise UniLoRAError(f"{error} (layer '{layer}')") from None

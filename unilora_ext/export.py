@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from unilora_ext.attachment import Attached
-from unilora_ext.errors import UniLoRAError
+from unilora_ext.errors import UniLoRAError, naming
 from unilora_ext.files import locked, replace_file, sweep
-from unilora_ext.functional import accumulator_dtype
 from unilora_ext.sharded_tensors import full, is_writer, reshard
 
 __all__ = ["ADAPTER_FILES", "PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
@@ -33,10 +32,12 @@ def export_lora(adapter: Attached, folder: str | Path) -> None:
     Args:
         adapter: attached, merged or not.
         folder: gets ``adapter_model.safetensors`` (``<module>.lora_A.weight`` [r, n], ``<module>.lora_B.weight``
-            [m, r], float32, and modules_to_save) and ``adapter_config.json`` (lora_alpha = scaling r).
+            [m, r], float32, or what PEFT has for other kinds; and modules_to_save) and
+            ``adapter_config.json`` (lora_alpha = scaling r).
 
     Raises:
-        UniLoRAError: a layer is used under two names, or the projection makes dense updates; nothing is written.
+        UniLoRAError: a layer is used under two names, PEFT has no such LoRA of a layer (a convolution with groups,
+            dilation or another padding than zeros), or the projection makes dense updates; nothing is written.
 
     PEFT loads all of it. vLLM and llama.cpp's converter refuse an adapter with modules_to_save.
     """
@@ -44,17 +45,20 @@ def export_lora(adapter: Attached, folder: str | Path) -> None:
     config, tensors = adapter.config, {}
     with torch.no_grad():
         for name, layer in adapter.layers.items():
-            A, B = layer.lora_factors(accumulator_dtype(layer.update_like()[1]))
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+            with naming(name):
+                tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in layer.plain_lora().items()}
     for name, tensor in adapter.modules_to_save().items():
         tensors[PREFIX + name] = tensor
     alpha = config.r if config.alpha is None else config.alpha
+    parameters = [f"{name}.{part}" for name, layer in adapter.layers.items() for part in layer.target_parameters]
     record = {
         **common_record(adapter),
         "peft_type": "LORA",
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # PEFT and vLLM declare an integer
-        "lora_dropout": config.dropout,
+        "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has none of parameters
     }
+    if parameters:
+        record["target_parameters"] = parameters
     write_folder(adapter, folder, record, tensors)
 
 
@@ -66,7 +70,9 @@ def common_record(adapter: Attached) -> dict[str, Any]:
         "r": config.r,
         "bias": "none",
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers.values()),
-        "target_modules": exact_targets(model, list(adapter.layers)),
+        "target_modules": exact_targets(
+            model, [n for n, layer in adapter.layers.items() if not layer.target_parameters]
+        ),
         "modules_to_save": list(config.modules_to_save) or None,
         "task_type": _task_type(model),
         "inference_mode": True,

@@ -1,10 +1,11 @@
-"""Layers with a plain weight: y = x (W + dW)^T + b in one operator, or by a weight that the update is folded into."""
+"""Layers with a plain weight, which the update can be folded into; a linear one is one operator,
+y = x (W + dW)^T + b."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,33 @@ _MERGED = "unilora_merged"
 
 
 class FusedLayer(UniLoRALayer):
-    """The update, as a mixin in front of a linear layer with a plain floating ``weight`` [m, n] and a ``bias``: product
-    and update are one operator, and the update can be folded into the weight."""
+    """The update, as a mixin in front of a layer with a plain floating ``weight``, which it can be folded into. For a
+    linear layer with a ``bias``, product and update are one operator; other kinds say what the update of their y is
+    (:meth:`_updated`)."""
 
     weight: Tensor
     bias: Tensor | None
+    weight_names: ClassVar[tuple[str, ...]] = ("weight",)
+    """What the update is folded into."""
 
-    def dense_weight(self) -> Tensor:
-        """W as [m, n], whatever the layout of ``weight``."""
-        return self.weight
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What the update is folded into, by name."""
+        return {name: getattr(self, name) for name in self.weight_names}
+
+    def weight_updates(self) -> dict[str, Tensor]:
+        """What :meth:`merge` adds to each of :attr:`weights`, in float32 (float64 for a float64 weight)."""
+        return {"weight": self.as_weight(self.delta_weight(), self.weight)}
+
+    @classmethod
+    def as_matrix(cls, weight: Tensor) -> Tensor:
+        """A ``weight`` of this kind of layer as W [m, n], a view."""
+        return weight
+
+    @classmethod
+    def as_weight(cls, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The reverse of :meth:`as_matrix`: [m, n] in the shape of `weight`, a view."""
+        return matrix
 
     def update_like(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
@@ -43,10 +62,15 @@ class FusedLayer(UniLoRALayer):
             )
         if state.original is not None or not state.vector.enabled:
             return super(UniLoRALayer, self).forward(x)
+        return self._updated(x)
+
+    def _updated(self, x: Tensor) -> Tensor:
+        """y of x, with the update."""
         if self._dropping():
             return self._added(super(UniLoRALayer, self).forward(x), x)
-        update = state.vector.update(state.slot_id, weight.device, autocast_dtype(x.device, weight.dtype))
-        return update.linear(x, self.dense_weight(), self.bias)
+        weight = self.weight
+        update = self._update(weight.device, autocast_dtype(x.device, weight.dtype))
+        return update.linear(x, self.as_matrix(weight), self.bias)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -62,22 +86,23 @@ class FusedLayer(UniLoRALayer):
             raise UniLoRAError(
                 "merge: the weight is sharded by fully_shard: save the adapter, load it into a whole model"
             )
-        if not self._weight_is_stored():
+        if not self._weights_are_stored():
             raise UniLoRAError(
                 "merge: the weight is computed anew in every forward (torch.nn.utils.prune, weight_norm, spectral_norm "
                 "or parametrize): the update would be lost. Make it a plain parameter first (prune.remove, "
                 "remove_weight_norm, remove_parametrizations)"
             )
-        if self.weight.is_meta:
+        weights = self.weights
+        if any(weight.is_meta for weight in weights.values()):
             raise UniLoRAError("merge: the weight has no values here: it is on the meta device, or offloaded")
-        delta = self.delta_weight()
-        if self.fan_in_fan_out:
-            delta = delta.T
-        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
-            raise UniLoRAError("merge: weight + update is not finite in " + str(self.weight.dtype))
-        self._unilora.merged_sums = _bit_sums(merged)
-        self._unilora.original = exchange_(self.weight, merged)
+        merged = {}
+        for name, delta in self.weight_updates().items():
+            weight = weights[name]
+            merged[name] = (weight.to(delta.dtype) + delta).to(weight.dtype)
+            if not torch.isfinite(merged[name]).all() and torch.isfinite(weight).all():
+                raise UniLoRAError(f"merge: weight + update is not finite in {weight.dtype}")
+        self._unilora.merged_sums = {name: _bit_sums(weight) for name, weight in merged.items()}
+        self._unilora.original = {name: exchange_(weights[name], weight) for name, weight in merged.items()}
 
     def unmerge(self) -> None:
         """Puts the weight back exactly as it was before :meth:`merge`.
@@ -93,7 +118,7 @@ class FusedLayer(UniLoRALayer):
         """Raises what :meth:`unmerge` would."""
         if not self.merged:
             raise UniLoRAError("unmerge: this layer is not merged")
-        if not self._weight_is_as_merged():
+        if not self._weights_are_as_merged():
             raise UniLoRAError(
                 "unmerge: the weight was written after merge(), and what was written would be lost; "
                 "detach(merge=True) keeps the weights as they are"
@@ -102,23 +127,25 @@ class FusedLayer(UniLoRALayer):
     def restore_weight(self) -> None:
         """:meth:`unmerge` without its checks."""
         state = self._unilora
-        exchange_(self.weight, state.original.to(device=self.weight.device, dtype=self.weight.dtype))
+        for name, weight in self.weights.items():
+            exchange_(weight, state.original[name].to(device=weight.device, dtype=weight.dtype))
         state.original = state.merged_sums = None
 
-    def _weight_is_stored(self) -> bool:
-        """Whether ``weight`` is what it was registered as, not made from other tensors by a hook or a property."""
-        return "weight" in self._parameters or "weight" in self._buffers
+    def _weights_are_stored(self) -> bool:
+        """Whether the weights are what they were registered as, not made from other tensors by a hook or a property."""
+        return all(name in self._parameters or name in self._buffers for name in self.weight_names)
 
-    def _weight_is_as_merged(self) -> bool:
-        if not self._weight_is_stored() or self.weight.is_meta:
+    def _weights_are_as_merged(self) -> bool:
+        if not self._weights_are_stored() or any(weight.is_meta for weight in self.weights.values()):
             return False
-        return all(map(torch.equal, _bit_sums(self.weight), self._unilora.merged_sums))
+        sums = self._unilora.merged_sums
+        return all(all(map(torch.equal, _bit_sums(weight), sums[name])) for name, weight in self.weights.items())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLayer:
-        as_merged = self.merged and self._weight_is_as_merged()
+        as_merged = self.merged and self._weights_are_as_merged()
         super()._apply(fn, recurse)
-        if as_merged and not self.weight.is_meta:  # a cast is not a write
-            self._unilora.merged_sums = _bit_sums(self.weight)
+        if as_merged and not any(weight.is_meta for weight in self.weights.values()):  # a cast is not a write
+            self._unilora.merged_sums = {name: _bit_sums(weight) for name, weight in self.weights.items()}
         return self
 
     # -- state_dict ---------------------------------------------------------------------------------------------------
@@ -135,15 +162,16 @@ class FusedLayer(UniLoRALayer):
             UniLoRAError: it does not.
         """
         stored = metadata.get(_MERGED, False)
-        if prefix + "weight" not in state_dict or stored == self.merged:
+        loaded = next((prefix + name for name in self.weight_names if prefix + name in state_dict), None)
+        if loaded is None or stored == self.merged:
             return
         if stored:
             raise UniLoRAError(
-                f"load_state_dict: '{prefix}weight' was saved while merged and has the update in it, which this layer "
+                f"load_state_dict: '{loaded}' was saved while merged and has the update in it, which this layer "
                 "would add once more: save it after unmerge(), or load it into the model without an adapter"
             )
         raise UniLoRAError(
-            f"load_state_dict: '{prefix}weight' would replace a weight that has the update merged into it: call "
+            f"load_state_dict: '{loaded}' would replace a weight that has the update merged into it: call "
             "unmerge() first, or detach(merge=True) for a weight that has it too"
         )
 
@@ -176,8 +204,8 @@ def warn_merged(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the bits of a weight [m, n], read as integers, over its rows and its columns: [n] and [m], int64, on the
-    CPU. A write changes them; where and in which order they are summed does not."""
+    """Sums of the bits of a weight, read as integers, over its first dimension and its last (of [m, n]: [n] and [m]),
+    int64, on the CPU. A write changes them; where and in which order they are summed does not."""
     weight = weight.detach().to_local() if is_sharded(weight) else weight.detach()
     bits = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
     return bits.sum(0).cpu(), bits.sum(-1).cpu()

@@ -29,15 +29,15 @@ class LayerState:
         vector: the shared vector.
         slot_id: this layer's number in it.
         dropout: probability with which an input of the update's path is zeroed in training.
-        original: while merged, the weight as it was.
-        merged_sums: while merged, what tells whether the weight was written since.
+        original: while merged, the weights as they were, by name.
+        merged_sums: while merged, what tells whether they were written since.
     """
 
     vector: SharedVector
     slot_id: int
     dropout: float
-    original: Tensor | None = None
-    merged_sums: tuple[Tensor, Tensor] | None = None
+    original: dict[str, Tensor] | None = None
+    merged_sums: dict[str, tuple[Tensor, Tensor]] | None = None
 
 
 class UniLoRALayer(nn.Module):
@@ -46,6 +46,13 @@ class UniLoRALayer(nn.Module):
 
     _unilora: LayerState
     fan_in_fan_out: ClassVar[bool] = False  # whether ``weight`` is stored [n, m]
+    is_linear: ClassVar[bool] = True  # x [..., n] -> [..., m], of one matrix
+    takes_dense: ClassVar[bool] = True  # whether an update may be one without factors
+
+    @property
+    def target_parameters(self) -> tuple[str, ...]:
+        """The parameters by which PEFT's LoRA names this layer as a target; none: by its own name."""
+        return ()
 
     @classmethod
     def local_slot(cls, linear: nn.Module, layout: Layout, slot_id: int) -> Slot:
@@ -97,6 +104,15 @@ class UniLoRALayer(nn.Module):
         slot = state.vector.slots[state.slot_id]
         return state.vector.fresh_update(state.slot_id, device, accumulator_dtype(dtype), slot).dense()
 
+    def plain_lora(self) -> dict[str, Tensor]:
+        """The factors as PEFT's LoRA names them below the layer, in float32 (float64 for a float64 weight).
+
+        Raises:
+            UniLoRAError: PEFT's LoRA of such a layer is another function, or the update has no factors.
+        """
+        A, B = self.lora_factors(accumulator_dtype(self.update_like()[1]))
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
     def _update(self, device: torch.device, dtype: torch.dtype) -> Update:
         """The update of what this process holds, from the projection of the running forward."""
         return self._unilora.vector.update(self._unilora.slot_id, device, dtype)
@@ -131,18 +147,25 @@ class UniLoRALayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         make, arguments, *state = super().__reduce_ex__(protocol)
-        bases = type(self).__bases__
-        if bases[0] is UniLoRALayer and type(self) is updated_class(bases[1]):  # pickle does not find such a class
-            make, arguments = _new_updated, (bases[1],)
+        mixin, *bases = type(self).__bases__
+        if len(bases) == 1 and type(self) is updated_class(bases[0], mixin):  # pickle does not find such a class
+            make, arguments = _new_updated, (bases[0], mixin)
         return make, arguments, *state
 
 
+def updated_class(layer_class: type[nn.Module], mixin: type[nn.Module] = UniLoRALayer) -> type[UniLoRALayer]:
+    """`layer_class`, of its own kind, with a mixin in front: always the same class. With the usual mixin, the update of
+    a linear map is added to what it returns; with a subclass of what `layer_class` adapts, to what its ``super()``
+    returns."""
+    return _updated_class(layer_class, mixin)
+
+
 @cache
-def updated_class(layer_class: type[nn.Module]) -> type[UniLoRALayer]:
-    """`layer_class`, a linear map of its own kind, with the update added to what it returns."""
-    return type(f"UniLoRA{layer_class.__name__}", (UniLoRALayer, layer_class), {"__doc__": UniLoRALayer.__doc__})
+def _updated_class(layer_class: type[nn.Module], mixin: type[nn.Module]) -> type[UniLoRALayer]:
+    own = layer_class if issubclass(mixin, UniLoRALayer) else mixin
+    return type(f"UniLoRA{own.__name__}", (mixin, layer_class), {"__doc__": UniLoRALayer.__doc__})
 
 
-def _new_updated(layer_class: type[nn.Module]) -> UniLoRALayer:
-    adapted_class = updated_class(layer_class)
+def _new_updated(layer_class: type[nn.Module], mixin: type[nn.Module]) -> UniLoRALayer:
+    adapted_class = updated_class(layer_class, mixin)
     return adapted_class.__new__(adapted_class)

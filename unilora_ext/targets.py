@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -13,18 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from unilora_ext.convolution import UniLoRAConv1d, UniLoRAConv2d, UniLoRAConv3d
+from unilora_ext.embedding import UniLoRAEmbedding
+from unilora_ext.embedding import problem_of as problem_of_embedding
 from unilora_ext.errors import AttachError, shown
+from unilora_ext.experts import adapted_experts, stacks_experts
+from unilora_ext.experts import problem_of as problem_of_experts
+from unilora_ext.experts import shape_of as shape_of_experts
+from unilora_ext.fused import FusedLayer
 from unilora_ext.layer import UniLoRALayer, updated_class
 from unilora_ext.linear import UniLoRALinear
 from unilora_ext.sharded_tensors import is_sharded, managed_by_fsdp
-from unilora_ext.uncalled import reads_weight
+from unilora_ext.uncalled import extends_forward, mentions_weight, reads_weight
 
 __all__ = ["Target", "find_modules", "find_targets"]
+
+logger = logging.getLogger("unilora_ext")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer that will be adapted: W is [m, n]."""
+    """A layer that will be adapted: W, as a matrix, is [m, n]."""
 
     name: str
     module: nn.Module
@@ -64,6 +74,7 @@ def find_targets(
         wanted = f"modules named {shown(list(whole_names))}"
     elif target_modules == "all-linear":
         names = _all_linear_names(model, inside_whole)
+        _warn_of_stacks(model)
         wanted = "any linear layer (target_modules='all-linear')"
     elif isinstance(target_modules, str):
         names = [name for name, _ in model.named_modules() if name and re.fullmatch(target_modules, name)]
@@ -83,7 +94,10 @@ def find_targets(
                 f"target_modules: '{name}' is also in modules_to_save {list(modules_to_save)}: choose one"
             )
         adapted_class = _adapted_class(name, module, modules)
-        m, n = module.weight.shape[::-1] if _is_conv1d(module) else _features(module)
+        if stacks_experts(module):
+            m, n = shape_of_experts(module)
+        else:
+            m, n = _features(module) or adapted_class.as_matrix(module.weight).shape
         targets.append(Target(name, module, adapted_class, m, n))
     return targets
 
@@ -153,6 +167,29 @@ def _all_linear_names(model: nn.Module, inside_whole: set[int]) -> list[str]:
     return names
 
 
+_STACKS_WORTH_A_WARNING = 0.05
+"""Of the model's parameters."""
+
+
+def _warn_of_stacks(model: nn.Module) -> None:
+    """Says what "all-linear" leaves out where that is much: parameters of three or more dimensions that no layer here
+    knows, such as the matrices of all experts in one."""
+    known = {id(p) for m in model.modules() if _plain_class(m) or _is_linear(m) for p in m.parameters(recurse=False)}
+    stacks = {n: p for n, p in model.named_parameters() if p.dim() >= 3 and id(p) not in known}
+    part, whole = (sum(p.numel() for p in parameters) for parameters in (stacks.values(), model.parameters()))
+    if part <= _STACKS_WORTH_A_WARNING * whole:
+        return
+    experts = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if stacks_experts(m)})
+    endings = sorted({".".join(name.split(".")[-2:]) for name in stacks})
+    logger.warning(
+        "target_modules='all-linear' leaves out %.0f %% of the model's weights, which stay frozen: stacked matrices "
+        "that are no linear layers, as those of experts are (%s)%s",
+        100 * part / whole,
+        ", ".join(endings[:10]) + (", ..." if len(endings) > 10 else ""),
+        f". To adapt them, list the layers in target_modules, {experts} among them" if experts else "",
+    )
+
+
 def _features(module: nn.Module) -> tuple[int, int] | None:
     """(m, n) of a linear map that states them, under the names in use; None if it does not."""
     for inputs, outputs in (("in_features", "out_features"), ("infeatures", "outfeatures")):
@@ -180,21 +217,37 @@ def _is_conv1d(module: nn.Module) -> bool:
     return transformers is not None and type(module) is transformers.Conv1D
 
 
+def _read_by(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The class that reads the weight of the module `name` instead of calling it, or besides."""
+    above, _, child = name.rpartition(".")
+    reader = reads_weight(modules.get(above), child)
+    if reader or _is_linear(modules[name]):
+        return reader
+    parts = name.split(".")
+    levels = (modules[".".join(parts[:i])] for i in range(len(parts)))
+    return next(filter(None, (mentions_weight(m, ".".join(parts[i:])) for i, m in enumerate(levels))), None)
+
+
 def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> type[UniLoRALayer]:
     """The class that adapts `module`; an error that names the module where none does."""
 
     def refuse(reason: str) -> AttachError:
         return AttachError(f"target_modules: '{name}' ({type(module).__name__}) cannot be adapted: {reason}")
 
-    above, _, child = name.rpartition(".")
-    reader = reads_weight(modules.get(above), child)
+    reader = _read_by(name, modules)
     if reader is not None:
         raise refuse(f"{reader} reads its weight instead of calling it, so an update would have no effect")
-    if not _is_linear(module) or (_features(module) is None and not _is_conv1d(module)):
+    experts, plain = stacks_experts(module), _plain_class(module)
+    if plain is None and not experts and not (_is_linear(module) and _features(module)):
         raise refuse(
-            "expected a torch.nn.Linear, a transformers Conv1D, or another linear layer with in_features and "
-            "out_features (a quantised one)"
+            "expected a torch.nn.Linear, Embedding, Conv1d, Conv2d or Conv3d (not a subclass with another forward), a "
+            "Conv1D or stacked experts of Transformers, or another linear layer with in_features and out_features (a "
+            "quantised one)"
         )
+    if isinstance(module, nn.Embedding) and (problem := problem_of_embedding(module)):
+        raise refuse(problem)
+    if experts and (problem := problem_of_experts(module)):
+        raise refuse(problem)
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:  # Accelerate's hooks keep the old one
         raise refuse(
             "its forward was replaced on the instance: attach before that step (a tp_plan of Transformers does it too: "
@@ -208,17 +261,38 @@ def _adapted_class(name: str, module: nn.Module, modules: dict[str, nn.Module]) 
         if type(module) is not nn.Linear or problem_of(module):
             raise refuse(problem_of(module) or "expected a torch.nn.Linear around a sharded weight")
         return UniLoRAShardedLinear
-    if type(module) is nn.Linear and _is_plain(module.weight):
-        adapted_class: type[UniLoRALayer] = UniLoRALinear
-    elif _is_conv1d(module):
-        from unilora_ext.conv1d import UniLoRAConv1D
-
-        adapted_class = UniLoRAConv1D
-    else:
+    if experts:
+        if not all(map(_is_plain, module.parameters())):
+            raise refuse("expected plain parameters, not quantised or sharded ones")
+        return adapted_experts(module)
+    if plain is None or not (_is_plain(module.weight) or _is_conv1d(module)):
+        if _features(module) is None:
+            raise refuse(f"expected a plain floating weight, got a {type(module.weight).__name__}")
         return updated_class(type(module))
     if not module.weight.is_floating_point():
         raise refuse(f"expected a floating weight, got {module.weight.dtype}")
-    return adapted_class
+    return plain
+
+
+def _plain_class(module: nn.Module) -> type[FusedLayer] | None:
+    """The class that adapts a module of this type around a plain weight; None: there is none."""
+    if _is_conv1d(module):
+        from unilora_ext.conv1d import UniLoRAConv1D
+
+        return UniLoRAConv1D
+    kind = type(module)
+    if kind not in _PLAIN and isinstance(module, nn.Embedding) and extends_forward(kind, nn.Embedding):
+        return updated_class(UniLoRAEmbedding, kind)  # such as one that scales
+    return _PLAIN.get(kind)
+
+
+_PLAIN: dict[type[nn.Module], type[FusedLayer]] = {
+    nn.Linear: UniLoRALinear,
+    nn.Embedding: UniLoRAEmbedding,
+    nn.Conv1d: UniLoRAConv1d,
+    nn.Conv2d: UniLoRAConv2d,
+    nn.Conv3d: UniLoRAConv3d,
+}
 
 
 def _linear_endings(model: nn.Module) -> str:

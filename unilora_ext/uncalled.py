@@ -6,9 +6,13 @@ from it (:func:`keep_called`), and the rest is found in the first forward with g
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +21,7 @@ from torch import nn
 from unilora_ext.functional import graph_is_traced
 from unilora_ext.shared_vector import SharedVector
 
-__all__ = ["CallWatch", "keep_called", "keeps_called", "reads_weight"]
+__all__ = ["CallWatch", "extends_forward", "keep_called", "keeps_called", "mentions_weight", "reads_weight"]
 
 logger = logging.getLogger("unilora_ext")
 
@@ -74,6 +78,45 @@ def reads_weight(parent: nn.Module | None, child: str) -> str | None:
             quantised = hasattr(getattr(parent, "config", None), "_is_quantized")
             return None if quantised and cls.__name__ in _CALL_WHEN_QUANTISED else cls.__name__
     return None
+
+
+def mentions_weight(module: nn.Module, path: str) -> str | None:
+    """The class of `module` whose source has ``self.<path>.weight`` for more than its dtype, device or shape, outside
+    what makes, ties or resizes it; None: none has. For embeddings and convolutions, whose weights so many models read
+    that no list could hold them."""
+    read = _reading_of(f"self.{path}.weight")
+    return next((cls.__name__ for cls in type(module).__mro__ if read.search(_source_of(cls))), None)
+
+
+def extends_forward(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a subclass of `base` leaves what its weight does to the forward of `base`: it has none of its own, or one
+    whose source calls ``super().forward`` and does not read ``self.weight``."""
+    read = _reading_of("self.weight")
+    for part in cls.__mro__[: cls.__mro__.index(base)]:
+        source = _source_of(part)
+        if ("forward" in vars(part) and "super().forward(" not in source) or read.search(source):
+            return False
+    return True
+
+
+def _reading_of(weight: str) -> re.Pattern[str]:
+    """Matches what is done with an expression but for asking its dtype, device or shape."""
+    unread = "dtype|device|shape|size|dim|ndim|numel|is_meta"
+    return re.compile(rf"\b{re.escape(weight)}\b(?!\.({unread})\b)")
+
+
+@cache
+def _source_of(cls: type) -> str:
+    """The source of a class's functions, without those that make, tie or resize weights; of PyTorch's own: nothing."""
+    if cls.__module__.startswith("torch.") or cls is object:
+        return ""
+    parts = []
+    for name, function in vars(cls).items():
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if inspect.isfunction(function) and not re.search("init|tie|resize|reset", name):
+            with suppress(OSError, TypeError, SyntaxError):  # made at run time
+                parts.append(inspect.getsource(function))
+    return "\n".join(parts)
 
 
 # ---- evaluation of torch.nn.TransformerEncoder ----------------------------------------------------------------------

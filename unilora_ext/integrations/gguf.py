@@ -68,8 +68,10 @@ def export_gguf(adapter: Adapter, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, layer in adapter.layers.items():
         target = names.get_name(name)
-        if target is None:
-            raise UniLoRAError(f"export_gguf: '{name}': expected a layer that llama.cpp's {kind} has, got none")
+        if target is None or not layer.is_linear:
+            raise UniLoRAError(
+                f"export_gguf: '{name}': expected a layer that llama.cpp's {kind} has and adapts, got none"
+            )
         with torch.no_grad():
             A, B = layer.lora_factors(accumulator_dtype(layer.update_like()[1]))
         ending = name.rpartition(".")[2]

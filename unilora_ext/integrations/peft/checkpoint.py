@@ -53,8 +53,8 @@ def to_peft(adapter: Adapter, folder: str | Path) -> None:
 
     Raises:
         UniLoRAError: another projection, or a scaling other than 1: PEFT's UniLora has neither, but
-            ``adapter.export_lora`` writes such an adapter as plain LoRA. Or a layer is used under two names. Nothing
-            is written.
+            ``adapter.export_lora`` writes such an adapter as plain LoRA. Or a layer is not linear, or used under two
+            names. Nothing is written.
     """
     config = adapter.config
     if config.projection != "peft":
@@ -67,6 +67,13 @@ def to_peft(adapter: Adapter, folder: str | Path) -> None:
             f"to_peft: scaling: expected 1 (PEFT's UniLora has no alpha), got {config.scaling:g}; "
             "adapter.export_lora(folder) writes it as plain LoRA"
         )
+    for name, layer in adapter.layers.items():
+        if not layer.is_linear:
+            kind = adapter.attachment.classes[name].__name__
+            raise UniLoRAError(
+                f"to_peft: '{name}': expected a linear layer (PEFT's UniLora has no other), got {kind}; "
+                "adapter.export_lora(folder) writes it as plain LoRA"
+            )
     tensors = {THETA_D: adapter.theta_d}
     tensors |= {PREFIX + name: tensor for name, tensor in adapter.modules_to_save().items()}
     record = {
@@ -111,6 +118,10 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
     except UniLoRAError as error:
         raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
     plan = fitting_plan(model, folder, config, names)
+    for target in plan.targets:
+        if not target.adapted_class.is_linear:
+            kind = type(target.module).__name__
+            raise AttachError(f"{folder}: '{target.name}' ({kind}) cannot be adapted by PEFT's UniLora")
     _take_index(folder, tensors, plan.targets, config.r, plan.projection)
     theta_d = theta_d.to(accumulator_dtype(plan.targets[0].like().dtype))  # float32, float64 in a float64 model
     return attach_saved(plan, folder, theta_d, {}, tensors)
