@@ -352,7 +352,7 @@ def embeddings(rival: Any) -> None:
 def experts(rival: Any) -> None:
     names = ["experts.gate_up_proj", "experts.down_proj"]
     if isinstance(rival, Ours):
-        learns_and_keeps(rival, mixtral, names, lambda m: m(ids()).logits)
+        learns_and_keeps(rival, mixtral, ["experts"], lambda m: m(ids()).logits)
     else:
         learns_and_keeps(rival, mixtral, [], lambda m: m(ids()).logits, target_parameters=names)
 
