@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Peft:
 RIVALS = (
     Ours(),
     Peft("PEFT's UniLora", lambda **options: peft.UniLoraConfig(r=4, theta_d_length=200, **options)),
-    Peft("PEFT's LoRA", lambda **options: peft.LoraConfig(r=4, init_lora_weights=False, **options)),
+    Peft("PEFT's LoRA", lambda **options: peft.LoraConfig(r=4, init_lora_weights="gaussian", **options)),
 )
 
 
@@ -156,6 +157,15 @@ def learns_and_keeps(
         again = rival.load(make(), Path(folder)).eval()
     with torch.no_grad():
         close(run(again), run(model), "another output after loading")
+
+
+def moved(model: Model) -> Model:
+    """With an adapter that acts, wherever it starts."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def ids(rows: int = 3) -> Tensor:
@@ -379,7 +389,7 @@ def hqq(rival: Any) -> None:
 
 @situation("`merge`, then back: weights equal to the bit")
 def merging(rival: Any) -> None:
-    model = rival.adapt(llama(), ATTENTION)
+    model = moved(rival.adapt(llama(), ATTENTION))
     parts = {name: p for name, p in model.named_parameters() if name.endswith("q_proj.weight") or "base_layer" in name}
     before = {name: p.detach().clone() for name, p in parts.items()}
     if isinstance(rival, Ours):
@@ -460,9 +470,9 @@ def mixed(rival: Any) -> None:
         model.add_adapter("b", rival.config(ATTENTION))
     model.eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".b" in name:
-                parameter.add_(0.2)
+        for name in ("default", "b"):
+            model.set_adapter(name)
+            moved(model)
         alone = []
         for k, name in enumerate(("default", "b")):
             model.set_adapter(name)
@@ -522,11 +532,8 @@ def pretrained(rival: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bert().save_pretrained(f"{folder}/base")
         kind = transformers.AutoModelForSequenceClassification
-        model = rival.adapt(kind.from_pretrained(f"{folder}/base"), ["query", "value"], ("classifier",)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter))
+        base = kind.from_pretrained(f"{folder}/base")
+        model = moved(rival.adapt(base, ["query", "value"], ("classifier",))).eval()
         model.save_pretrained(f"{folder}/out")
         size = sum(path.stat().st_size for path in Path(folder, "out").glob("*.safetensors"))
         check(size < sum(p.numel() * 4 for p in model.parameters()) / 2, "all weights are written")
@@ -550,10 +557,7 @@ def sentences(rival: Any) -> None:
     else:
         model.add_adapter(rival.config(["query", "value"]))
     check(len(model) == 2, "the container has another element")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    moved(model)
     after = torch.from_numpy(model.encode(texts))
     check(float((after - torch.from_numpy(before)).abs().max()) > 1e-3, "no effect")
     with tempfile.TemporaryDirectory() as folder:
@@ -652,7 +656,7 @@ def outcome(run: Callable[[Any], None], rival: Any) -> str:
         return f"not tried: {error.name} is missing"
     except Exception as error:  # a user's view: whatever it is
         words = " ".join(str(error).split()).replace("|", "/")
-        return f"{type(error).__name__}: {words[:90]}{'...' if len(words) > 90 else ''}"
+        return f"{type(error).__name__}: {words[:60]}{'...' if len(words) > 60 else ''}"
     return "yes"
 
 
@@ -671,6 +675,8 @@ def main() -> None:
         rows.append(row)
     if not options.keep and not options.names:
         document = {"machine": machine(Options()), "rows": rows}
+        for name in ("trl", "sentence-transformers", "diffusers", "bitsandbytes", "torchao", "hqq", "onnx"):
+            document["machine"]["versions"][name] = version(name)
         (RESULTS / "situations.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         for path in (RESULTS / "situations.json", *tables.renew()):
             print(f"wrote {path}")
