@@ -196,6 +196,7 @@ def test_modes(mode):
 
 
 def test_compiles_as_one_graph():
+    torch.compiler.reset()  # the graphs of other tests count
     model, ids = Tower(), tokens()
     adapter = ul.attach(model, config())
     y = model(ids)

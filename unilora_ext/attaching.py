@@ -76,9 +76,11 @@ class Plan:
             raise AttachError(f"attach: config: expected a UniLoRAConfig, got {type(config).__name__}")
         if isinstance(model, nn.Linear):
             raise AttachError("attach: the model itself is a linear layer: use UniLoRALinear.from_linear(model, ...)")
-        if hasattr(holder_of(model), CHILD):
+        if hasattr(model, CHILD):
             raise AttachError(f"attach: {type(model).__name__} has an adapter (or another attribute '{CHILD}') already")
         targets = find_targets(model, config.target_modules, config.modules_to_save, whole_names)
+        if hasattr(holder := holder_of(model), CHILD):
+            raise AttachError(f"attach: {type(holder).__name__} has another attribute '{CHILD}' already")
         layout = layout_of(targets, config)
         for target in targets:
             if layout.order is Order.DENSE and not target.adapted_class.takes_dense:
