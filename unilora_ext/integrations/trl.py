@@ -66,7 +66,9 @@ class Reference(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_of"][0], name)
+            if "_of" not in self.__dict__:  # not made yet
+                raise
+            return getattr(self._of[0], name)
 
     @contextmanager
     def _without_training(self, adapter: Adapter) -> Iterator[None]:
