@@ -282,6 +282,27 @@ def test_a_part_does_not_lose_the_adapter(base, tmp_path):
     mine.encoder.save_pretrained(tmp_path / "part")
 
 
+def test_a_model_of_diffusers(tmp_path, monkeypatch):
+    """It saves its adapter too; the card has no promise that Diffusers does not keep."""
+    diffusers = pytest.importorskip("diffusers")
+    options = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 32, "norm_num_groups": 8,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8,
+    }  # fmt: skip
+    diffusers.UNet2DConditionModel(**options).save_pretrained(tmp_path / "base")
+    model = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "base")
+    adapted(model, target_modules=["to_q", "conv1"])
+    model.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("diffusion_pytorch_model*"))
+    monkeypatch.chdir(tmp_path)
+    (code,) = (tmp_path / "adapter" / "README.md").read_text().split("```python\n")[1:]
+    names = {}
+    exec(code.partition("```")[0], names)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 32)
+    assert torch.equal(names["model"](x, 3, context).sample, model(x, 3, context).sample)
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 

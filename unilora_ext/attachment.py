@@ -93,6 +93,12 @@ def batches_seen(model: nn.Module, config: UniLoRAConfig) -> dict[str, int]:
     return seen
 
 
+def base_model_of(model: nn.Module) -> str | None:
+    """What a Transformers model calls itself: for people. A path that is not Unicode is shown as far as it is."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(name).encode(errors="replace").decode() if name else None
+
+
 class Attached:
     """A model with an adapter, and a view of it.
 

@@ -28,10 +28,10 @@ from typing import Any, BinaryIO
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unilora_ext._native import _C
-from unilora_ext.attachment import Attached
+from unilora_ext.attachment import Attached, base_model_of
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError
 from unilora_ext.files import locked, open_file, read_all, replace_file, sweep
@@ -127,7 +127,7 @@ def _describe(adapter: Attached, metadata: dict[str, Any]) -> dict[str, Any]:
         "modules": modules,
         "fingerprint": digest(modules),
         "config": asdict(config),
-        "base_model": _base_model(adapter.model),
+        "base_model": base_model_of(adapter.model),
         "metadata": metadata,
     }
 
@@ -136,12 +136,6 @@ def _stored_parts(adapter: Attached, resumable: bool) -> dict[str, Tensor]:
     """What the projection keeps beside theta_d."""
     trained = {name: full(t) for name, t in adapter.trained.items() if name != "theta_d"}
     return adapter.projection.stored(trained, resumable)
-
-
-def _base_model(model: nn.Module) -> str | None:
-    """What a Transformers model calls itself: for people. A path that is not Unicode is shown as far as it is."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return str(name).encode(errors="replace").decode() if name else None
 
 
 def _encode(

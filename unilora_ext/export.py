@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from unilora_ext.attachment import Attached
+from unilora_ext.attachment import Attached, base_model_of
 from unilora_ext.errors import UniLoRAError, naming
 from unilora_ext.files import locked, replace_file, sweep
 from unilora_ext.sharded_tensors import full, is_writer, reshard
@@ -66,7 +66,7 @@ def common_record(adapter: Attached) -> dict[str, Any]:
     """What ``adapter_config.json`` says of every kind of adapter."""
     config, model = adapter.config, adapter.model
     return {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "base_model_name_or_path": base_model_of(model),
         "r": config.r,
         "bias": "none",
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers.values()),

@@ -21,7 +21,7 @@ import safetensors.torch
 from torch import nn
 
 from unilora_ext.adapter import Adapter, get_adapter
-from unilora_ext.attachment import CHILD
+from unilora_ext.attachment import CHILD, base_model_of
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.export import ADAPTER_FILES
 from unilora_ext.files import replace_file
@@ -223,7 +223,7 @@ def _upload(folder: Path, repo_id: str, **options: Any) -> Any:
 def model_card(adapter: Adapter, folder: Path, repo_id: str | None = None, tags: Iterable[str] = ()) -> str:
     """README.md of an adapter: what it is, its sizes, and how to load it."""
     model, config, vector = adapter.model, adapter.config, adapter.vector
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or "unknown"
+    base = base_model_of(model) or "unknown"
     kind, library = type(model).__name__, type(model).__module__.partition(".")[0]
     where = repo_id or folder.name
     stored = sum(t.numel() * t.element_size() for t in trained_tensors(model).values())
@@ -239,7 +239,7 @@ Without unilora_ext, as plain LoRA by means of PEFT (the same outputs; {adapter.
 model = {kind}.from_pretrained({json.dumps(where)})
 ```
 """
-        if adapter.projection.order is not Order.DENSE
+        if library == "transformers" and adapter.projection.order is not Order.DENSE
         else ""
     )
     return f"""---
