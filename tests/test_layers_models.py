@@ -86,3 +86,20 @@ def test_all_linear_is_silent_where_convolutions_are_left_out(caplog):
     model, _, _ = unet()
     ul.attach(model, ul.UniLoRAConfig(r=2, d=300))
     assert "leaves out" not in caplog.text
+
+
+def test_timm(tmp_path):
+    """A vision transformer of timm: trained, saved, loaded, merged. (timm needs a torchvision that fits torch.)"""
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.models.VisionTransformer(**options).eval()
+    plain, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+    config = ul.UniLoRAConfig(r=2, d=100, target_modules=["qkv", "patch_embed.proj"], init_bound=0.3)
+    adapter = ul.attach(model, config)
+    model(x).square().sum().backward()
+    assert adapter.theta_d.grad.count_nonzero() > 90
+    adapter.save(tmp_path)
+    ul.load(plain, tmp_path)
+    assert torch.equal(plain(x), model(x))
+    torch.testing.assert_close(adapter.detach(merge=True)(x), plain(x), rtol=1e-4, atol=1e-4)
