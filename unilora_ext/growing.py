@@ -81,13 +81,13 @@ def _state_of(theta_d: Tensor, optimizer: Optimizer | None) -> dict[str, Any]:
             raise UniLoRAError(f"grow: optimizer: expected one of theta_d, got a {type(optimizer).__name__} without it")
     given = {} if optimizer is None else optimizer.state.get(theta_d, {})
     if _others(theta_d, given):
-        gc.collect()  # one that was deleted
-    for other in _others(theta_d, given):
-        raise UniLoRAError(
-            f"grow: optimizer: expected the one that has trained theta_d, got "
-            f"{'None' if optimizer is None else 'another one'}: an optimizer keeps {list(other)} of theta_d. "
-            "Give that one, or delete it"
-        )
+        gc.collect()  # what was deleted
+        for other in _others(theta_d, given):
+            raise UniLoRAError(
+                f"grow: optimizer: expected the one that has trained theta_d, got "
+                f"{'None' if optimizer is None else 'another one'}: an optimizer keeps {list(other)} of theta_d. "
+                "Give that one, or delete it"
+            )
     return given
 
 
