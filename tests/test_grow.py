@@ -27,12 +27,9 @@ def adapted(projection="uniform", dtype=torch.float32, **changes):
 
 
 def step(model, optimizer):
-    """Leaves the loss alive, as a training loop does."""
     optimizer.zero_grad()
-    loss = model(tokens()).square().sum()
-    loss.backward()
+    model(tokens()).square().sum().backward()
     optimizer.step()
-    return loss
 
 
 def trained(optimizer_class=torch.optim.AdamW, projection="uniform", dtype=torch.float32, steps=3, **changes):
@@ -264,16 +261,24 @@ def test_version_1_of_balanced_stays():
 # ---- the optimizer --------------------------------------------------------------------------------------------------
 
 
-def factors(old, new):
-    """(parents, of first moments, of second moments, of steps) from the indices alone."""
-    parents = torch.full((new.d,), -1)
+def factors(old, new, normalize):
+    """(parents, factors of first moments, of second ones, of the first over the root of the second, of that root), from
+    the indices alone."""
+    parents = torch.zeros(new.d, dtype=torch.int64)
     parents[new.index.long()] = old.index.long()
-    used = parents >= 0
     n, n_new = old.index.long().bincount(minlength=old.d).double(), new.index.long().bincount(minlength=new.d).double()
-    share = torch.where(used, n_new / n[parents], 0.0)
-    return parents.clamp(min=0), share.sqrt(), used.double(), share.sqrt()
+    used, share = n_new > 0, n_new / n[parents]
+    first, second = (share.sqrt(), used.double()) if normalize else (share, share)
+    return parents, first, second, torch.where(used, first / second.sqrt(), 0.0), second.sqrt()
 
 
+def adafactor(parameters, lr):
+    """Transformers'."""
+    optimization = pytest.importorskip("transformers.optimization")
+    return optimization.Adafactor(parameters, lr=lr, relative_step=False, scale_parameter=False, beta1=0.9)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     ("make", "names"),
     [
@@ -282,7 +287,7 @@ def factors(old, new):
         (lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True), {"exp_avg": 1, "exp_avg_sq": 2}),
         (torch.optim.NAdam, {"exp_avg": 1, "exp_avg_sq": 2}),
         (torch.optim.RAdam, {"exp_avg": 1, "exp_avg_sq": 2}),
-        (torch.optim.Adamax, {"exp_avg": 1, "exp_inf": 2}),
+        (torch.optim.Adamax, {"exp_avg": 1, "exp_inf": 4}),
         (torch.optim.Adagrad, {"sum": 2}),
         (torch.optim.Adafactor, {"variance": 2}),
         (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), {"momentum_buffer": 1}),
@@ -291,14 +296,15 @@ def factors(old, new):
             lambda p, lr: torch.optim.RMSprop(p, lr=lr, momentum=0.9, centered=True),
             {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 3},
         ),
+        (adafactor, {"exp_avg_sq": 2, "exp_avg": 3}),
     ],
 )
-def test_an_optimizers_state_is_carried_over(make, names):
-    model, adapter, optimizer = trained(make)
+def test_an_optimizers_state_is_carried_over(make, names, normalize):
+    model, adapter, optimizer = trained(make, projection_options={"normalize": normalize})
     before, old = copy.deepcopy(dict(optimizer.state[adapter.theta_d])), adapter.projection
     adapter.grow(93, optimizer)
     after = optimizer.state[adapter.theta_d]
-    parents, *by_kind = factors(old, adapter.projection)
+    parents, *by_kind = factors(old, adapter.projection, normalize)
     assert after.keys() == before.keys() and {k for k, v in after.items() if getattr(v, "ndim", 0)} == set(names)
     for name, value in before.items():
         expected = value
@@ -415,12 +421,17 @@ def test_a_state_of_another_meaning_is_named(make, name):
     assert state_of(optimizer, adapter).keys() == kept.keys() and adapter.theta_d.shape == (31,)
 
 
-def test_eight_bits_are_named():
+class Packed(torch.Tensor):
+    """As torchao's 8-bit states: a subclass."""
+
+
+@pytest.mark.parametrize("state", [torch.zeros(31, dtype=torch.uint8), torch.zeros(31).as_subclass(Packed), [0.0]])
+def test_a_state_in_another_form_is_named(state):
     _, adapter, optimizer = trained()
-    optimizer.state[adapter.theta_d]["exp_avg"] = torch.zeros(31, dtype=torch.uint8)
+    optimizer.state[adapter.theta_d]["exp_avg"] = state
     with pytest.raises(ul.UniLoRAError, match=r"expected numbers, and floating tensors .*got 'exp_avg'"):
         adapter.grow(62, optimizer)
-    assert optimizer.state[adapter.theta_d]["exp_avg"].shape == (31,) and adapter.theta_d.shape == (31,)
+    assert optimizer.state[adapter.theta_d]["exp_avg"] is state and adapter.theta_d.shape == (31,)
 
 
 def test_an_optimizer_that_is_not_given():

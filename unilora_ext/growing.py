@@ -33,6 +33,8 @@ _FIRST = ("exp_avg", "grad_avg", "momentum_buffer")
 """Means and sums of gradients, as the optimizers of torch and Transformers name them."""
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance")
 """Of their squares."""
+_OF_STEPS = {"square_avg": "momentum_buffer", "RMS": "exp_avg"}
+"""Beside the key: a mean of gradients over the root of their squares (RMSprop; Transformers' Adafactor)."""
 
 
 @torch.inference_mode(False)
@@ -133,8 +135,7 @@ class _Split(NamedTuple):
         """
         root = self.second.sqrt()
         factors = {**dict.fromkeys(_FIRST, self.first), **dict.fromkeys(_SECOND, self.second), "exp_inf": root}
-        if "square_avg" in state:  # RMSprop's momentum is of steps: gradients over the root of their squares
-            factors["momentum_buffer"] = _ratio(self.first, root)
+        factors |= {name: _ratio(self.first, root) for sign, name in _OF_STEPS.items() if sign in state}
         carried = {}
         for name, value in state.items():
             if value is None or isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
