@@ -139,12 +139,13 @@ class SharedVector(nn.Module):
         gradient. The backward of a forward from before raises."""
         parameter = self.theta_d
         theta_d = theta_d.to(accumulator_dtype(parameter.dtype))
+        in_between = theta_d.to(torch.float32 if theta_d.dtype == torch.float64 else torch.float64)
         if parameter.requires_grad:
             get_gradient_edge(parameter).node.register_prehook(_outdated)
         parameter.grad = None
         # A graph that is still there keeps what accumulates the gradient, for the old length. PyTorch makes another one
         # where the dtype changes, not where the length does.
-        parameter.data = theta_d.to(torch.float32 if theta_d.dtype == torch.float64 else torch.float64)
+        parameter.data = in_between
         parameter.data = theta_d
         self.projection = projection
         self._forget()
