@@ -1,6 +1,7 @@
 """DDP, FSDP2, HSDP: each check runs in every process, and compares with one process doing all."""
 
 import copy
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -250,6 +251,29 @@ def check_replicate(folder):
     loss_of(whole, x).backward()
     loss_of(model, mine(x)).backward()
     close(adapter.theta_d.grad, whole_adapter.theta_d.grad)
+
+
+def check_grow(folder):
+    """A longer theta_d on all processes, where replicate() keeps it equal; refused beside DDP."""
+    for prepare in (ul.distributed.replicate, lambda adapter: shard(adapter.model)):
+        whole, whole_adapter, model, adapter = pair()
+        prepare(adapter)
+        optimizer, x = torch.optim.AdamW([adapter.theta_d], lr=1e-2), tokens(8)
+        loss_of(model, mine(x)).backward()
+        optimizer.step()
+        adapter.grow(80, optimizer)
+        whole_adapter.detach()
+        whole_adapter = ul.attach(whole, replace(CONFIG, d=80))
+        same_start(whole_adapter, adapter)
+        loss_of(whole, x).backward()
+        loss_of(model, mine(x)).backward()
+        close(adapter.theta_d.grad, whole_adapter.theta_d.grad)
+        optimizer.step()
+        equal_everywhere(adapter.theta_d)
+    _, _, model, adapter = pair()
+    DistributedDataParallel(model)
+    refused("DistributedDataParallel", lambda: adapter.grow(80))
+    assert adapter.theta_d.shape == (40,)
 
 
 def check_fsdp_refusals(folder):

@@ -138,6 +138,29 @@ def test_gradient_checkpointing(make, tmp_path):
         assert_same(trained(models[mode]), trained(models[None]), 1e-9)
 
 
+class Grows(transformers.TrainerCallback):
+    """A theta_d of 210 numbers after the second step."""
+
+    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+        if state.global_step == 2:
+            ul.get_adapter(model).grow(210, optimizer)
+
+
+def test_theta_d_grows_in_a_callback(tmp_path):
+    """A run that has grown is resumed, to the bit, by one that had the length from the start."""
+    model = llama()
+    data, fresh = rows(model), copy.deepcopy(model)
+    run = trainer(model, data, tmp_path, save_strategy="steps", save_steps=3)
+    run.add_callback(Grows())
+    run.train()
+    adapter = ul.get_adapter(model)
+    assert adapter.theta_d.shape == (210,) and run.optimizer.state[adapter.theta_d]["step"] == 6
+    ul.get_adapter(fresh).detach()
+    ul.attach(fresh, adapter.config)
+    trainer(fresh, data, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(trained(fresh), trained(model))
+
+
 def test_gradient_accumulation_is_the_big_batch(tmp_path):
     model = llama()
     data, big = rows(model), copy.deepcopy(model)

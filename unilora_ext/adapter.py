@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim import Optimizer
 
 from unilora_ext import checkpoint
 from unilora_ext.attachment import (
@@ -23,6 +24,7 @@ from unilora_ext.attachment import (
 from unilora_ext.errors import UniLoRAError, naming
 from unilora_ext.export import export_lora
 from unilora_ext.fused import FusedLayer
+from unilora_ext.growing import grow
 from unilora_ext.layer import updated_class
 from unilora_ext.sharded_tensors import exchange_, managed_by_fsdp
 
@@ -259,6 +261,29 @@ class Adapter(Attached):
         for parameter in vector.trained.values():
             parameter.grad = None
         return self.model
+
+    # -- a longer theta_d ---------------------------------------------------------------------------------------------
+
+    def grow(self, d: int, optimizer: Optimizer | None = None) -> None:
+        """Makes theta_d longer in the middle of training: the model computes what it did, with more to train.
+
+        Every column of P is split into d / d_before, drawn from the same seed, so that the adapter is one of `d` from
+        here on, to save and load as any other. theta_d stays the same parameter. Its gradient is dropped, and graphs
+        that were exported or captured before keep the old length.
+
+        Args:
+            d: a multiple of the length that theta_d has, at most D.
+            optimizer: that trains theta_d, if it has made a step: its moments are carried over. Its learning rate
+                stays: Adam moves every number of theta_d by about that, so with sqrt(d_before / d) of it the model
+                moves as fast as before.
+
+        Raises:
+            UniLoRAError: another `d`; a projection whose columns do not split (`uniform`, `balanced` and `countsketch`
+                do); the update is merged; the optimizer keeps what cannot be carried over, or it is not the one that
+                keeps something of theta_d; or the model is trained by several processes, in another way than
+                :func:`unilora_ext.distributed.replicate`, where all of them call this. Nothing is then changed.
+        """
+        grow(self, d, optimizer)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable, forward_ad
+from torch.autograd.graph import get_gradient_edge
 
 from unilora_ext.errors import UniLoRAError
 from unilora_ext.functional import accumulator_dtype, autocast_dtype, graph_is_traced
@@ -132,6 +133,22 @@ class SharedVector(nn.Module):
     def _values(self) -> tuple[Tensor, ...]:
         """theta_d and the trained parts."""
         return (self.theta_d, *(getattr(self, name) for name in self.projection.trained))
+
+    def replace(self, projection: Projection, theta_d: Tensor) -> None:
+        """Goes on with another P, and the values of `theta_d` [projection.d] in the same parameter, which loses its
+        gradient. The backward of a forward from before raises."""
+        parameter = self.theta_d
+        theta_d = theta_d.to(accumulator_dtype(parameter.dtype))
+        in_between = theta_d.to(torch.float32 if theta_d.dtype == torch.float64 else torch.float64)
+        if parameter.requires_grad:
+            get_gradient_edge(parameter).node.register_prehook(_outdated)
+        parameter.grad = None
+        # A graph that is still there keeps what accumulates the gradient, for the old length. PyTorch makes another one
+        # where the dtype changes, not where the length does.
+        parameter.data = in_between
+        parameter.data = theta_d
+        self.projection = projection
+        self._forget()
 
     def forward(self, x: Any) -> Any:
         """The identity, so that a model that chains its children (``nn.Sequential``) may hold one."""
@@ -375,6 +392,10 @@ class SharedVector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d={self.projection.d}, projection={self.projection}, layers={len(self.slots)}"
+
+
+def _outdated(gradients: Sequence[Tensor]) -> None:
+    raise RuntimeError("unilora: theta_d was replaced by one of another length between the forward and its backward")
 
 
 _Made = TypeVar("_Made")

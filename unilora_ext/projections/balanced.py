@@ -23,3 +23,7 @@ class BalancedProjection(SeededProjection):
     def counts(self) -> Tensor:
         column = torch.arange(self.d, dtype=torch.int32, device="cpu")
         return (column < self.D % self.d).int() + self.D // self.d
+
+    def parents(self, d: int) -> Tensor:
+        self._split(d)  # (element mod d) mod self.d = element mod self.d
+        return torch.arange(d, device="cpu") % self.d

@@ -184,6 +184,24 @@ class Projection(ABC):
         """
         return expect_tensors(tensors, {name: list(t.shape) for name, t in self._trained_like().items()})
 
+    def parents(self, d: int) -> Tensor:
+        """Where this P with `d` columns, all else equal, has each column split into d / self.d: the column of this P
+        that holds all rows of a new one.
+
+        Args:
+            d: a larger multiple of :attr:`d`.
+
+        Returns:
+            int64 [d] on the CPU.
+
+        Raises:
+            UniLoRAError: another `d`, or columns that do not split.
+        """
+        raise UniLoRAError(
+            f"{self}: expected a projection whose columns split ('uniform', 'balanced' or 'countsketch'), "
+            f"got '{self.name}'"
+        )
+
     # -- what is derived ----------------------------------------------------------------------------------------------
 
     @classmethod
@@ -264,6 +282,14 @@ class Projection(ABC):
         """The trained parts, without values."""
         with torch.random.fork_rng(devices=[]):
             return {name: t for name, t in self.start(torch.float32).items() if name != "theta_d"}
+
+    def _split(self, d: int) -> int:
+        """d / self.d, the new columns of :meth:`parents` in each of these."""
+        if type(d) is not int or not self.d < d <= self.D or d % self.d:
+            raise UniLoRAError(
+                f"{self}: d: expected a multiple of {self.d}, larger than it and at most D = {self.D}, got {shown(d)}"
+            )
+        return d // self.d
 
     def _check_vector(self, what: str, value: Tensor, length: int) -> None:
         if tuple(value.shape) != (length,) or not value.is_floating_point():

@@ -10,6 +10,7 @@ from torch import Tensor
 from unilora_ext.projections.base import Given
 from unilora_ext.projections.indexed import IndexedProjection
 from unilora_ext.projections.segmented import stored_only
+from unilora_ext.projections.uniform import UniformProjection
 
 operators = torch.ops.unilora
 
@@ -30,6 +31,7 @@ class CountSketchProjection(IndexedProjection):
     """
 
     name = "countsketch"
+    parents = UniformProjection.parents  # the same columns; the signs do not depend on d
 
     def __init__(
         self, D: int, d: int, seed: int = 0, materialize: bool | None = None, version: int | None = None, **options: Any

@@ -1,5 +1,8 @@
 """uniform: the paper's P, each row's column drawn independently."""
 
+import torch
+from torch import Tensor
+
 from unilora_ext.projections.indexed import SeededProjection
 
 
@@ -10,3 +13,7 @@ class UniformProjection(SeededProjection):
     """
 
     name = "uniform"
+
+    def parents(self, d: int) -> Tensor:
+        split = self._split(d)  # floor(floor(u d / 2^64) / split) = floor(u self.d / 2^64)
+        return torch.arange(d, device="cpu") // split
