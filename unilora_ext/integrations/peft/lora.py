@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter
-from unilora_ext.attaching import Plan
 from unilora_ext.checkpoint import THETA_D_DTYPES
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, UniLoRAError, shown
@@ -24,10 +23,11 @@ from unilora_ext.export import exact_targets
 from unilora_ext.functional import accumulator_dtype
 from unilora_ext.integrations.peft.folder import config_path, present_modules, read_record, read_tensors
 from unilora_ext.layout import Layout
-from unilora_ext.loading import attach_saved, check_same, fitting_plan, shapes_of
+from unilora_ext.loading import attach_saved, check_same, fitting_plan, model_with, shapes_of
 from unilora_ext.projections import Projection
 from unilora_ext.record import conform
 from unilora_ext.sharded_tensors import full
+from unilora_ext.targets import Target, find_targets
 
 __all__ = ["from_lora"]
 
@@ -66,7 +66,7 @@ _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 LINEAR = ("identity", "uniform", "balanced", "peft", "local", "nonuniform", "countsketch", "gaussian", "fastfood")
-"""Projections with theta_D = P theta_d: no offset, no trained parts, and B and A in theta_D."""
+"""Projections of any d, or of d = D, with theta_D = P theta_d: no offset, no trained parts, B and A in theta_D."""
 
 
 class Factors(NamedTuple):
@@ -89,7 +89,7 @@ def from_lora(
 
     The split of dW into B and A is free. That of least |B|^2 + |A|^2 is projected, U sqrt(S) and sqrt(S) V^T of its
     singular values S, as all positions of theta_D share one theta_d. With B of 1/15 of A's size, as early in
-    training, and d = D / 2, that keeps 19 % of the updates; the matrices as they were saved would leave an error of 8
+    training, and d = D / 2, that keeps 19 % of the updates; the matrices as they were saved would leave an error of 5
     times their energy.
 
     Args:
@@ -120,14 +120,16 @@ def from_lora(
     D = sum(tensor.numel() for factors in saved.values() for tensor in factors.values())
     d = D if d is None else d
     projection = projection or ("identity" if d == D else "uniform")
-    names = _present(model, folder, list(saved))
+    model, entry = model_with(model, saved)
+    names = _present(model, folder, saved)
     try:
         config = _convert(model, names, theirs, d=d, projection=projection, seed=seed)
+        targets = find_targets(model, config.target_modules, config.modules_to_save, names)
     except UniLoRAError as error:
         raise type(error)(f"{folder}: does not fit this {type(model).__name__}: {error}") from error
-    plan = fitting_plan(model, folder, config, names)
-    _take_base_weights(plan, folder, tensors)
-    given = _fitting_factors(plan, folder, saved)
+    given = _fitting_factors(targets, folder, saved, theirs.r)
+    _take_base_weights(targets, folder, tensors)
+    plan = fitting_plan(model, folder, config, names, entry=entry)
 
     split = given if d == D else [least_factors(*factors) for factors in given]
     theta_D = _joined(split, plan.layout)
@@ -178,16 +180,16 @@ def _take_factors(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return factors
 
 
-def _present(model: nn.Module, folder: Path, names: Sequence[str]) -> list[str]:
-    """The names, which must be of modules."""
+def _present(model: nn.Module, folder: Path, names: Collection[str]) -> list[str]:
+    """The names, all of modules, in the model's order."""
     if not names:
         raise AdapterFileError(f"{folder}: expected tensors named <module>.lora_A.weight, found none")
-    present = {name for name, _ in model.named_modules()}
-    if unknown := sorted(set(names) - present):
+    present = [name for name, _ in model.named_modules()]
+    if unknown := sorted(set(names).difference(present)):
         raise AdapterFileError(
-            f"{folder}: {len(unknown)} of its modules {type(model).__name__} has not: {shown(unknown)}"
+            f"{folder}: expected modules of this {type(model).__name__}, got {len(unknown)} others: {shown(unknown)}"
         )
-    return list(names)
+    return [name for name in present if name in names]
 
 
 def _convert(model: nn.Module, names: list[str], theirs: _Record, **chosen: Any) -> UniLoRAConfig:
@@ -201,10 +203,10 @@ def _convert(model: nn.Module, names: list[str], theirs: _Record, **chosen: Any)
     )
 
 
-def _take_base_weights(plan: Plan, folder: Path, tensors: dict[str, Tensor]) -> None:
+def _take_base_weights(targets: Sequence[Target], folder: Path, tensors: dict[str, Tensor]) -> None:
     """Takes the own weights of adapted layers out of `tensors`: PEFT saves those of tables and heads. They must be the
     model's."""
-    for target in plan.targets:
+    for target in targets:
         start = f"{target.name}.base_layer."
         for name in [name for name in tensors if name.startswith(start)]:
             own, stored = target.module.state_dict().get(name.removeprefix(start)), tensors.pop(name)
@@ -214,12 +216,14 @@ def _take_base_weights(plan: Plan, folder: Path, tensors: dict[str, Tensor]) -> 
                 )
 
 
-def _fitting_factors(plan: Plan, folder: Path, saved: dict[str, dict[str, Tensor]]) -> list[Factors]:
+def _fitting_factors(
+    targets: Sequence[Target], folder: Path, saved: dict[str, dict[str, Tensor]], r: int
+) -> list[Factors]:
     """The factors in the order of the targets, whose shapes they must have."""
     expected: dict[str, list[int]] = {}
-    for target in plan.targets:
+    for target in targets:
         try:
-            shapes = target.adapted_class.plain_lora_shapes(target.module, target.m, target.n, plan.config.r)
+            shapes = target.adapted_class.plain_lora_shapes(target.module, target.m, target.n, r)
         except UniLoRAError as error:
             raise AdapterFileError(f"{folder}: '{target.name}': {error}") from error
         expected |= {f"{target.name}.{name}": list(shape) for name, shape in shapes.items()}
