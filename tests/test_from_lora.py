@@ -16,7 +16,7 @@ import unilora_ext as ul
 from unilora_ext.config import size_of
 from unilora_ext.family import FAMILY
 from unilora_ext.integrations.peft import lora
-from unilora_ext.layout import Layout, Order
+from unilora_ext.layout import Order
 from unilora_ext.projections import projection_class
 
 BLOCKS = ["blocks.0.up", "blocks.1.down", "blocks.2.up", "blocks.2.down"]
@@ -178,11 +178,11 @@ def test_without_peft(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", FAMILY)
 def test_which_projections_are_taken(name):
     """Those of a free d (and the identity) in which theta_D is a linear function of theta_d alone."""
-    config, kind = ul.UniLoRAConfig(r=2, projection=name), projection_class(name)
-    taken = size_of(config, Layout(((20, 12),), 2, kind.order)) in (None, 2 * 32)
-    taken = taken and not kind.trained and kind.order is not Order.DENSE
-    if taken:
-        taken = not ul.attach(Tower(), config).projection.offset().any()
+    config, kind, taken = ul.UniLoRAConfig(r=2, projection=name), projection_class(name), False
+    if not kind.trained and kind.order is not Order.DENSE:
+        adapter = ul.attach(Tower(), config)
+        free = size_of(config, adapter.vector.layout) in (None, adapter.projection.D)
+        taken = free and not adapter.projection.offset().any()
     assert (name in lora.LINEAR) == taken
 
 
@@ -296,6 +296,11 @@ def test_it_trains_saves_and_loads(tmp_path):
 # ---- refused --------------------------------------------------------------------------------------------------------
 
 
+def change_json(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 def change_tensors(folder, change):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -333,8 +338,7 @@ UP = "base_model.model.blocks.0.up."
 def test_other_configurations(tmp_path, changes, message):
     model = Tower()
     written(tmp_path, model, whole=["head"])
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    change_json(tmp_path, **changes)
     before = snapshot(model)
     for d in (None, 50):
         with pytest.raises(ul.UniLoRAError, match=message) as error:
@@ -407,3 +411,52 @@ def test_convolutions_that_pefts_lora_has_not(tmp_path, changes):
     with pytest.raises(ul.AdapterFileError, match=f"'0': expected {next(iter(changes))} = "):
         ul.from_lora(model, tmp_path)
     assert_unchanged(model, before)
+
+
+HOSTILE = {
+    "r": [None, "3", 0, -1, 3.0, True, [3], 2**40, 10**400],
+    "lora_alpha": [None, "3", [], 10**400, 1.5e308],
+    "lora_dropout": ["x", 1.5, None, [], -0.1],
+    "use_rslora": [None, 3, "x"],
+    "init_lora_weights": [None, 3, [], {}, "loftq", "olora"],
+    "modules_to_save": ["head", [3], 5, [""], [None]],
+    "bias": [None, 3, "all"],
+    "peft_type": [None, 3, [], {}, "lora"],
+    "unknown_field": [1, {"a": 1}],
+}
+
+
+@pytest.mark.parametrize("field", HOSTILE)
+def test_a_hostile_configuration(tmp_path, field):
+    model = Tower()
+    before = snapshot(model)
+    for value in HOSTILE[field]:
+        written(tmp_path, model, whole=["head"], use_rslora=True)
+        change_json(tmp_path, **{field: value})
+        with pytest.raises(ul.UniLoRAError) as error:
+            ul.from_lora(model, tmp_path, 50)
+        assert str(tmp_path) in str(error.value)
+        assert_unchanged(model, before)
+
+
+class Quantised(nn.Module):
+    """A layer without ``weight``."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", (linear.weight.detach() * 1e6).round().int())
+
+    def forward(self, x):
+        return x @ (self.qweight / 1e6).to(x.dtype).T
+
+
+def test_a_quantised_base(tmp_path):
+    model, x = Tower(), tokens()
+    plain = copy.deepcopy(model)
+    written(tmp_path, model, ["blocks.0.down", "blocks.2.down"])
+    for block in model.blocks:
+        block.down = Quantised(block.down)
+    for each in (model, plain):
+        assert ul.from_lora(each, tmp_path).theta_d.dtype == torch.float32
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)

@@ -60,10 +60,9 @@ _WITHOUT_EFFECT = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors say which
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights
 }
-"""Fields of a LoRA that do not change what its tensors compute. Any other one, of today or later, may."""
+"""Fields that do not change what the tensors compute. Any other one, of today or later, may."""
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """init_lora_weights that leave the model's own weights as they are."""
-
 
 LINEAR = ("identity", "uniform", "balanced", "peft", "local", "nonuniform", "countsketch", "gaussian", "fastfood")
 """Projections of any d, or of d = D, with theta_D = P theta_d: no offset, no trained parts, B and A in theta_D."""
@@ -83,9 +82,9 @@ def from_lora(
     """Attaches a LoRA that PEFT saved, projected to d numbers, to be trained on; PEFT is not needed.
 
     theta_d is the least-squares solution of P theta_d = theta_D, the B and A of all layers; for an isometric P it is
-    P^T theta_D. What is lost is logged, as a warning: of theta_D, and of the updates (1 - |dW' - dW|^2 / |dW|^2
-    over all layers). A random theta_D keeps d / D of its energy at best, and an update, a product of two parts of it,
-    less: this is a place to start from, not a compression.
+    P^T theta_D. What survives is logged, as a warning: |P theta_d|^2 / |theta_D|^2, and, of the updates of all layers,
+    1 - |dW' - dW|^2 / |dW|^2. A random theta_D keeps d / D of its energy at best, and an update, a product of two
+    parts of it, less: this is a place to start from, not a compression.
 
     The split of dW into B and A is free. That of least |B|^2 + |A|^2 is projected, U sqrt(S) and sqrt(S) V^T of its
     singular values S, as all positions of theta_D share one theta_d. With B of 1/15 of A's size, as early in
@@ -165,7 +164,7 @@ def _read(folder: Path) -> _Record:
             "that changes the model's own weights; PEFT's path_initial_model_for_weight_conversion saves a plain LoRA"
         )
     for name, value in record.items():
-        if value and name not in _WITHOUT_EFFECT.union(_Record.__struct_fields__):
+        if value and name not in (*_WITHOUT_EFFECT, *_Record.__struct_fields__):
             raise AdapterFileError(
                 f"{path}: {name}: expected none, as a LoRA of one rank and scaling has it; got {shown(value)}"
             )
@@ -259,6 +258,15 @@ def _joined(factors: Sequence[Factors], layout: Layout) -> Tensor:
     return theta_D
 
 
+def _cut(theta_D: Tensor, layout: Layout) -> list[Factors]:
+    """The reverse of :func:`_joined`."""
+    parts = []
+    for module, (m, n) in enumerate(layout.shapes):
+        B, A = (theta_D[slice(*ranges(module))] for ranges in (layout.range_of_B, layout.range_of_A))
+        parts.append(Factors(B.view(m, layout.r), A.view(layout.r, n)))
+    return parts
+
+
 _MOST_STEPS = 1000
 _PRECISION = 1e-12
 
@@ -295,15 +303,6 @@ def least_squares(P: Projection, theta_D: Tensor) -> Tensor:
 
 
 # ---- what is lost ---------------------------------------------------------------------------------------------------
-
-
-def _cut(theta_D: Tensor, layout: Layout) -> list[Factors]:
-    """The reverse of :func:`_joined`."""
-    parts = []
-    for module, (m, n) in enumerate(layout.shapes):
-        B, A = (theta_D[slice(*ranges(module))] for ranges in (layout.range_of_B, layout.range_of_A))
-        parts.append(Factors(B.view(m, layout.r), A.view(layout.r, n)))
-    return parts
 
 
 def share_of_updates(given: Sequence[Factors], now: Sequence[Factors]) -> float:
