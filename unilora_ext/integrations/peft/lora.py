@@ -94,8 +94,7 @@ def from_lora(
     Args:
         model: the model that the LoRA was trained on, plain, or one with the same modules.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``, of PEFT or of
-            :meth:`Adapter.export_lora <unilora_ext.Adapter.export_lora>`. The names of its tensors say which modules
-            are adapted.
+            :meth:`Adapter.export_lora`. The names of its tensors say which modules are adapted.
         d: length of theta_d. None, or D, the number of values of the LoRA: B and A are projected as they are saved.
         projection: one with theta_D = P theta_d. None: ``"uniform"``; with d = D ``"identity"``, the LoRA itself.
         seed: of P.
