@@ -107,7 +107,7 @@ def test_export_is_pefts_lora(kind, tmp_path):
 @pytest.mark.parametrize("kind, what", [("groups", "groups"), ("dilation", "dilation"), ("reflect", "padding_mode")])
 def test_what_pefts_lora_cannot_say_is_not_exported(kind, what, tmp_path):
     _, adapter, _ = made(kind)
-    with pytest.raises(ul.UniLoRAError, match=rf"export: expected {what} = .*got .*\(layer '0'\)"):
+    with pytest.raises(ul.UniLoRAError, match=rf"expected {what} = .*got .*\(layer '0'\)"):
         adapter.export_lora(tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 

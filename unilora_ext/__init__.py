@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from unilora_ext.config import UniLoRAConfig, default_d
     from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
     from unilora_ext.functional import lora_linear
+    from unilora_ext.integrations.peft.lora import from_lora
     from unilora_ext.linear import UniLoRALinear
     from unilora_ext.loading import load
     from unilora_ext.projections import OneHotProjection, Projection
@@ -50,6 +51,7 @@ __all__ = [
     "attach",
     "default_d",
     "distributed",
+    "from_lora",
     "get_adapter",
     "integrations",
     "load",
@@ -65,6 +67,7 @@ _NAMES = {
     "checkpoint": ("AdapterFile", "read"),
     "config": ("UniLoRAConfig", "default_d"),
     "errors": ("AdapterFileError", "AttachError", "UniLoRAError"),
+    "integrations.peft.lora": ("from_lora",),
     "linear": ("UniLoRALinear",),
     "functional": ("lora_linear",),
     "loading": ("load",),

@@ -34,13 +34,13 @@ class ConvolutionLayer(FusedLayer):
     def as_weight(cls, matrix: Tensor, weight: Tensor) -> Tensor:
         return matrix.reshape(weight.shape)
 
-    def plain_lora(self) -> dict[str, Tensor]:
-        for name, plain in (("groups", 1), ("dilation", (1,) * self.dimensions), ("padding_mode", "zeros")):
-            if (got := getattr(self, name)) != plain:
-                raise UniLoRAError(f"export: expected {name} = {plain}, the only one of PEFT's LoRA; got {got}")
-        A, B = super().plain_lora().values()
-        kernel = A.reshape(len(A), self.in_channels, *self.kernel_size)
-        return {"lora_A.weight": kernel, "lora_B.weight": B.reshape(*B.shape, *(1,) * self.dimensions)}
+    @classmethod
+    def plain_lora_shapes(cls, layer: nn.Module, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        for name, plain in (("groups", 1), ("dilation", (1,) * cls.dimensions), ("padding_mode", "zeros")):
+            if (got := getattr(layer, name)) != plain:
+                raise UniLoRAError(f"expected {name} = {plain}, the only one of PEFT's LoRA; got {got}")
+        kernel = (r, layer.in_channels, *layer.kernel_size)
+        return {"lora_A.weight": kernel, "lora_B.weight": (m, r, *(1,) * cls.dimensions)}
 
     def _updated(self, x: Tensor) -> Tensor:
         y = self._conv_forward(x, self.weight, self.bias)

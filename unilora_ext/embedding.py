@@ -31,9 +31,9 @@ class UniLoRAEmbedding(FusedLayer, nn.Embedding):
     def as_weight(cls, matrix: Tensor, weight: Tensor) -> Tensor:
         return matrix.T
 
-    def plain_lora(self) -> dict[str, Tensor]:
-        A, B = super().plain_lora().values()
-        return {"lora_embedding_A": A, "lora_embedding_B": B}
+    @classmethod
+    def plain_lora_shapes(cls, layer: nn.Module, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_embedding_A": (r, n), "lora_embedding_B": (m, r)}
 
     def _updated(self, x: Tensor) -> Tensor:
         y = nn.Embedding.forward(self, x)

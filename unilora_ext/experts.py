@@ -104,6 +104,10 @@ class ExpertsLayer(FusedLayer):
     def target_parameters(self) -> tuple[str, ...]:
         return tuple(name for name in self._parameters if name in self.weight_names)
 
+    @classmethod
+    def plain_lora_shapes(cls, layer: nn.Module, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        raise UniLoRAError("expected a layer with one A and one B; PEFT's LoRA of experts is one of their parameters")
+
     def plain_lora(self) -> dict[str, Tensor]:
         A, B = self.lora_factors(accumulator_dtype(self.weight.dtype))
         updates = dict(zip(self.weight_names, self._updates(LowRankUpdate(A, B, self.scaling)), strict=True))

@@ -111,7 +111,17 @@ class UniLoRALayer(nn.Module):
             UniLoRAError: PEFT's LoRA of such a layer is another function, or the update has no factors.
         """
         A, B = self.lora_factors(accumulator_dtype(self.update_like()[1]))
-        return {"lora_A.weight": A, "lora_B.weight": B}
+        shapes = self.plain_lora_shapes(self, len(B), A.shape[1], len(A))
+        return {name: factor.reshape(shape) for (name, shape), factor in zip(shapes.items(), (A, B), strict=True)}
+
+    @classmethod
+    def plain_lora_shapes(cls, layer: nn.Module, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of PEFT's A, then B, of a layer that this class adapts: those of A [r, n] and B [m, r].
+
+        Raises:
+            UniLoRAError: PEFT's LoRA of such a layer is another function.
+        """
+        return {"lora_A.weight": (r, n), "lora_B.weight": (m, r)}
 
     def _update(self, device: torch.device, dtype: torch.dtype) -> Update:
         """The update of what this process holds, from the projection of the running forward."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter
-from unilora_ext.attaching import Plan, inner_model
+from unilora_ext.attaching import Inside, Plan, inner_model
 from unilora_ext.attachment import whole_tensors
 from unilora_ext.checkpoint import read
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
 from unilora_ext.sharded_tensors import copy_
 
-__all__ = ["attach_saved", "fitting_plan", "load"]
+__all__ = ["attach_saved", "fitting_plan", "load", "model_with"]
 
 
 def load(model: nn.Module, folder: str | Path) -> Adapter:
@@ -36,9 +36,7 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     """
     file = read(folder)
     names = [name for name, _, _ in file.modules]
-    entry, inside = model, inner_model(model)
-    if inside is not None and not _has(model, names) and _has(inside.model, names):
-        model, entry = inside
+    model, entry = model_with(model, names)
     # The names stand for an expression, which may match for ever. Where the configuration has names, they are compared.
     whole_names = names if file.config.pattern is not None else None
     plan = fitting_plan(model, file.folder, file.config, whole_names, file.record["projection"]["version"], entry)
@@ -53,7 +51,14 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
     return attach_saved(plan, file.folder, file.theta_d, file.parts, file.modules_to_save)
 
 
-def _has(model: nn.Module, names: Sequence[str]) -> bool:
+def model_with(model: nn.Module, names: Collection[str]) -> Inside:
+    """The model that has modules of these names, and what is called for a forward pass of it: `model`, or, where that
+    has not all of them, the Transformers model in it that has."""
+    inside = inner_model(model)
+    return inside if inside and not _has(model, names) and _has(inside.model, names) else Inside(model, model)
+
+
+def _has(model: nn.Module, names: Collection[str]) -> bool:
     return {name for name, _ in model.named_modules()}.issuperset(names)
 
 

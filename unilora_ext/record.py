@@ -200,14 +200,14 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def conform(value: Any, schema: Any, path: Path) -> None:
-    """Checks a JSON value against a type; nothing is converted.
+def conform(value: Any, schema: Any, path: Path) -> Any:
+    """A JSON value as a type that it must have; nothing is converted.
 
     Raises:
-        AdapterFileError: the message names the field, what was expected and what came.
+        AdapterFileError: it has another; the message names the field, what was expected and what came.
     """
     try:
-        msgspec.convert(value, schema, strict=True)
+        return msgspec.convert(value, schema, strict=True)
     except msgspec.ValidationError as error:
         what, _, where = str(error).replace("`", "'").partition(" - at '$")
         field = where.rstrip("'").lstrip(".") or "the record"

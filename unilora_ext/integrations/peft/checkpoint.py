@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter
-from unilora_ext.checkpoint import parse_tensors, take_theta_d
+from unilora_ext.checkpoint import take_theta_d
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError, shown
 from unilora_ext.export import PREFIX, common_record, exact_targets, write_folder
-from unilora_ext.files import open_file, read_all
 from unilora_ext.functional import accumulator_dtype
+from unilora_ext.integrations.peft.folder import config_path, present_modules, read_record, read_tensors
 from unilora_ext.integrations.peft.vectors import are_column_scales
 from unilora_ext.loading import attach_saved, fitting_plan
 from unilora_ext.projections import Projection
-from unilora_ext.record import conform, parse_json
+from unilora_ext.record import conform
 from unilora_ext.targets import Target
 
 __all__ = ["from_peft", "to_peft"]
@@ -110,7 +110,7 @@ def from_peft(model: nn.Module, folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     theirs = _read_config(folder)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     theta_d = take_theta_d(folder, tensors, THETA_D, theirs.theta_d_length)
     names = _targeted_names(model, folder, theirs)
     try:
@@ -144,12 +144,8 @@ def _read_config(folder: Path) -> Any:
     need_peft()
     import peft
 
-    path = folder / "adapter_config.json"
-    record = parse_json(_content(folder, path), path)
-    kind = record.get("peft_type") if isinstance(record, dict) else None
-    if kind != "UNILORA":
-        raise AdapterFileError(f"{path}: peft_type: expected 'UNILORA', got {shown(kind)}")
-    conform(record, _Record, path)
+    path = config_path(folder)
+    conform(read_record(folder, "UNILORA"), _Record, path)
     try:
         config = peft.UniLoraConfig.from_pretrained(str(folder))
     except Exception as error:  # whatever PEFT does with what a file says
@@ -159,18 +155,6 @@ def _read_config(folder: Path) -> Any:
     if not config.target_modules:
         raise AdapterFileError(f"{path}: target_modules: expected names or a pattern, got {config.target_modules!r}")
     return config
-
-
-def _content(folder: Path, path: Path) -> bytes:
-    with open_file(path, f"{folder}: expected a PEFT checkpoint with {path.name}, found none") as file:
-        return read_all(path, file)
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors by name, without ``base_model.model.``."""
-    path = folder / "adapter_model.safetensors"
-    tensors = parse_tensors(_content(folder, path), path)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def _targeted_names(model: nn.Module, folder: Path, theirs: Any) -> list[str]:
@@ -186,9 +170,6 @@ def _targeted_names(model: nn.Module, folder: Path, theirs: Any) -> list[str]:
 def _convert(model: nn.Module, names: list[str], theirs: Any) -> UniLoRAConfig:
     if not names:
         raise AttachError(f"target_modules: expected modules that match {theirs.target_modules}, found none")
-    present = [name for name, _ in model.named_modules()]
-    # PEFT names the usual heads of a task whether the model has them or not.
-    whole = [m for m in theirs.modules_to_save or () if any(n == m or n.endswith("." + m) for n in present)]
     return UniLoRAConfig(
         r=theirs.r,
         d=theirs.theta_d_length,
@@ -197,7 +178,7 @@ def _convert(model: nn.Module, names: list[str], theirs: Any) -> UniLoRAConfig:
         seed=theirs.proj_seed,
         dropout=theirs.unilora_dropout,
         init_bound=theirs.init_theta_d_bound,
-        modules_to_save=whole,
+        modules_to_save=present_modules(model, theirs.modules_to_save or ()),
     )
 
 
