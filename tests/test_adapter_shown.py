@@ -1,7 +1,6 @@
-"""What an adapter says of itself and of the model: counts, the notebook's table, statistics that are not saved."""
+"""What an adapter says of itself and of the model: counts, the notebook's table."""
 
 import copy
-import logging
 from html.parser import HTMLParser
 
 import pytest
@@ -92,50 +91,3 @@ def test_the_notebooks_table():
         cells = Cells()
         cells.feed(adapter._repr_html_())
         assert not cells.open and {"<Odd & model>", "uniform, seed 7", "6", "head", state} < set(cells.texts)
-
-
-# ---- running statistics ---------------------------------------------------------------------------------------------
-
-
-class Normed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.norm, self.head = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.norm(self.up(x)))
-
-
-@pytest.mark.parametrize("how", ["train", "eval", "frozen", "modules_to_save", "no statistics"])
-def test_statistics_that_are_not_saved_are_told(how, tmp_path, caplog):
-    model = Normed()
-    if how == "no statistics":
-        model.norm = nn.BatchNorm1d(8, track_running_stats=False)
-    plain = copy.deepcopy(model)
-    whole = ["norm"] if how == "modules_to_save" else []
-    adapter = attached(model, d=20, target_modules=["up"], modules_to_save=whole)
-    model.train(how != "eval")
-    if how == "frozen":
-        model.norm.eval()
-    for _ in range(3):
-        model(torch.randn(6, 5) * 3 + 1).sum().backward()
-    with caplog.at_level(logging.WARNING, logger="unilora_ext"):
-        adapter.save(tmp_path)
-    assert ("running statistics of 1 layers ('norm'" in caplog.text) == (how == "train")
-    ul.load(plain, tmp_path)
-    x = torch.randn(4, 5)
-    assert torch.equal(plain.eval()(x), model.eval()(x)) == (how != "train")
-
-
-def test_a_copy_and_a_loaded_adapter_know_their_start(tmp_path, caplog):
-    model = Normed()
-    attached(model, d=20, target_modules=["up"])
-    model.train()(torch.randn(6, 5))
-    other = copy.deepcopy(model)
-    with caplog.at_level(logging.WARNING, logger="unilora_ext"):
-        ul.get_adapter(other).save(tmp_path)
-    assert "have moved" in caplog.text
-    caplog.clear()
-    ul.get_adapter(other).detach()
-    ul.load(other.eval(), tmp_path).save(tmp_path)  # they are the model's own now
-    assert "have moved" not in caplog.text

@@ -385,7 +385,7 @@ def test_original_modules_to_save_that_were_never_known():
     model.to_empty(device="cpu")
     model.load_state_dict(base.state_dict(), strict=False)
     y = model(x)
-    message = r"modules_to_save: the values of 'head.weight' from before attach\(\) are not known"
+    message = r"expected the values of 'head.weight' from before attach\(\), which are not known"
     for call in (adapter.disable, adapter.detach):
         with pytest.raises(ul.UniLoRAError, match=message):
             call()

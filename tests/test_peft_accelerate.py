@@ -398,6 +398,15 @@ def test_rows_of_several_heads():
     torch.testing.assert_close(got, torch.stack([wanted[n][i] for i, n in enumerate(names)]), rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_that_one_adapter_lacks_is_refused():
+    """PEFT gives its rows another one's head."""
+    model = several(Tower(), target_modules=["up", "down"], modules_to_save=["head"])
+    model.add_adapter("d", peft.UniLoraConfig(r=2, theta_d_length=20, target_modules=["up"]))
+    with pytest.raises(ValueError, match=r"'model.head' in modules_to_save of every .* not in those of \['d'\]"):
+        model.eval()(tokens(2), adapter_names=["default", "d"])
+    model(tokens(2), adapter_names=["default", "b"])
+
+
 def test_rows_that_cannot_be_told_are_refused():
     model = several(tiny_llama(), target_modules=["q_proj", "v_proj"])
     x = torch.randint(3, 40, (4, 6))

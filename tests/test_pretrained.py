@@ -5,7 +5,7 @@ import logging
 import pickle
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 
 import unilora_ext as ul
@@ -343,6 +343,24 @@ def test_a_checkpoint_is_an_adapter(tmp_path, caplog):
     torch.testing.assert_close(
         loaded(tmp_path / "run" / "checkpoint-4", "LlamaForCausalLM")(x).logits, model(x).logits, rtol=1e-5, atol=1e-5
     )
+
+
+def test_a_checkpoint_has_the_running_statistics(tmp_path):
+    """Of BatchNorm layers that are frozen: training goes on from them."""
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    model = transformers.ResNetForImageClassification(config)
+    adapted(model, target_modules=["convolution"])
+    fresh, x = copy.deepcopy(model), torch.randn(2, 3, 20, 20)
+    for _ in range(3):
+        model.train()(x * 3 + 1)
+    with torch.no_grad():
+        ul.get_adapter(model).theta_d.mul_(2)
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    stored = safetensors.torch.load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert any(name.endswith("running_mean") for name in stored) and not any(name.endswith("weight") for name in stored)
+    outcome = fresh.load_state_dict(stored, strict=False)
+    assert not outcome.unexpected_keys and set(outcome.missing_keys) == set(fresh._keys_to_ignore_on_save)
+    assert torch.equal(fresh.eval()(x).logits, model.eval()(x).logits)
 
 
 def quantised(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from unilora_ext import checkpoint
-from unilora_ext.attachment import (
-    CHILD,
-    Attached,
-    adapted_model,
-    attachment_of,
-    batches_seen,
-    holder_of,
-    whole_tensors,
-)
+from unilora_ext.attachment import CHILD, Attached, adapted_model, attachment_of, exchanged_tensors, holder_of
 from unilora_ext.errors import UniLoRAError, naming
 from unilora_ext.export import export_lora
 from unilora_ext.fused import FusedLayer
@@ -29,8 +20,6 @@ from unilora_ext.layer import updated_class
 from unilora_ext.sharded_tensors import exchange_, managed_by_fsdp
 
 __all__ = ["Adapter", "get_adapter", "set_class"]
-
-logger = logging.getLogger("unilora_ext")
 
 
 def set_class(module: nn.Module, adapted_class: type[nn.Module]) -> None:
@@ -100,7 +89,8 @@ class Adapter(Attached):
     # -- on and off ---------------------------------------------------------------------------------------------------
 
     def disable(self) -> _Disabled:
-        """Switches the adapter off: the model computes what it did before attach(), original modules_to_save included.
+        """Switches the adapter off: the model computes what it did before attach(), original modules_to_save and
+        running statistics of BatchNorm included.
 
         Switches off at once; used as a context manager it switches on again at the end, unless the adapter was off
         before::
@@ -109,8 +99,8 @@ class Adapter(Attached):
                 base_logits = model(**batch).logits
 
         Raises:
-            UniLoRAError: the adapter is merged, or the original modules_to_save are not known: they were on the meta
-                device in attach().
+            UniLoRAError: the adapter is merged, or the original modules_to_save or running statistics are not
+                known: they were on the meta device in attach().
         """
         if self.merged:
             raise UniLoRAError("disable: the update is merged into the weights; call unmerge() first")
@@ -127,25 +117,25 @@ class Adapter(Attached):
             self.vector.enabled = True
 
     def _swap_saved(self) -> None:
-        """Exchanges the values of modules_to_save with those from before attach() (or back)."""
+        """Exchanges the values of modules_to_save and running statistics with those from before attach() (or back)."""
         originals = self.attachment.saved_originals
         self._check_originals()
-        if originals and managed_by_fsdp(self.model) and not self.attachment.replicated:
+        if self.config.modules_to_save and managed_by_fsdp(self.model) and not self.attachment.replicated:
             raise UniLoRAError(
                 "modules_to_save are sharded by fully_shard and cannot be exchanged: "
                 "unilora_ext.distributed.fully_shard leaves them whole"
             )
-        for name, tensor in whole_tensors(self.model, self.config).items():
+        for name, tensor in exchanged_tensors(self.model, self.config).items():
             other = originals[name].to(device=tensor.device, dtype=tensor.dtype)
             originals[name] = exchange_(tensor, other)
 
     def _check_originals(self) -> None:
-        """Whether the values of modules_to_save from before attach() are known."""
-        for name, tensor in whole_tensors(self.model, self.config).items():
+        """Whether the values of modules_to_save and running statistics from before attach() are known."""
+        for name, tensor in exchanged_tensors(self.model, self.config).items():
             if self.attachment.saved_originals[name].is_meta and not tensor.is_meta:
                 raise UniLoRAError(
-                    f"modules_to_save: the values of '{name}' from before attach() are not known: it was on the meta "
-                    "device then. Give the model its weights first (to_empty, load_state_dict), then attach; "
+                    f"expected the values of '{name}' from before attach(), which are not known: it was on the "
+                    "meta device then. Give the model its weights first (to_empty, load_state_dict), then attach; "
                     "detach(merge=True) goes on with the values that it has"
                 )
 
@@ -221,8 +211,8 @@ class Adapter(Attached):
         """Takes the adapter off and returns the plain model.
 
         Args:
-            merge: False: the model is exactly as before attach(), flags and modules_to_save included. True: the
-                weights keep the update and modules_to_save their trained values.
+            merge: False: the model is exactly as before attach(), flags, modules_to_save and the running statistics of
+                BatchNorm included. True: the weights keep the update and these their trained values.
 
         Raises:
             UniLoRAError: the model is sharded by ``fully_shard``; a layer was parametrized after attach(); or what
@@ -288,8 +278,8 @@ class Adapter(Attached):
     # -- files --------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, metadata: dict[str, Any] | None = None, resumable: bool = False) -> None:
-        """Writes the adapter: d + 1 numbers, what the projection has of its own, and modules_to_save if any. See
-        :mod:`unilora_ext.checkpoint`.
+        """Writes the adapter: d + 1 numbers, what the projection has of its own, modules_to_save if any, and the
+        running statistics of frozen BatchNorm layers that training moved. See :mod:`unilora_ext.checkpoint`.
 
         Args:
             folder: made if it is missing. An adapter in it is replaced in one step: whenever the process is killed,
@@ -308,16 +298,6 @@ class Adapter(Attached):
         shards theta_d or modules_to_save, the processes of one such group call it, and its first one writes.
         """
         checkpoint.save(self, folder, metadata, resumable)
-        before = self.attachment.batches
-        moved = [name for name, seen in batches_seen(self.model, self.config).items() if seen != before.get(name)]
-        if moved:
-            logger.warning(
-                "%s: the running statistics of %d layers ('%s' and others) have moved in training and are not saved: "
-                "the loaded model is another one. Put these layers into eval() to train, or into modules_to_save",
-                folder,
-                len(moved),
-                moved[0],
-            )
 
     def export_lora(self, folder: str | Path) -> None:
         """Writes the same update as a plain LoRA adapter in PEFT's format, exact. See :mod:`.integrations.peft`."""

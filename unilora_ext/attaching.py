@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter, set_class
-from unilora_ext.attachment import CHILD, CONTAINERS, Attachment, batches_seen, holder_of, whole_tensors
+from unilora_ext.attachment import CHILD, CONTAINERS, Attachment, exchanged_tensors, holder_of
 from unilora_ext.config import UniLoRAConfig, make_projection, size_of
 from unilora_ext.errors import AttachError, UniLoRAError
 from unilora_ext.fused import FusedLayer, check_load, warn_merged
@@ -115,8 +115,7 @@ class Plan:
             config=config,
             requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
             classes={t.name: type(t.module) for t in targets},
-            saved_originals={name: t.detach().clone() for name, t in whole_tensors(model, config).items()},
-            batches=batches_seen(model, config),
+            saved_originals={name: t.detach().clone() for name, t in exchanged_tensors(model, config).items()},
         )
         vector.attachment = attachment
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AttachError
@@ -20,8 +22,10 @@ __all__ = [
     "Attachment",
     "adapted_model",
     "attachment_of",
-    "batches_seen",
+    "base_model_of",
+    "exchanged_tensors",
     "holder_of",
+    "running_statistics",
     "whole_tensors",
 ]
 
@@ -38,8 +42,7 @@ class Attachment:
     config: UniLoRAConfig
     requires_grad: dict[str, bool]  # of every parameter, before
     classes: dict[str, type[nn.Module]]  # of every adapted layer, before
-    saved_originals: dict[str, Tensor]  # parameters and buffers of modules_to_save, before
-    batches: dict[str, int]  # that each frozen layer with running statistics had seen, before
+    saved_originals: dict[str, Tensor]  # all of exchanged_tensors(), before
     handles: list[Handle] = field(default_factory=list)
     trained_before_merge: dict[str, bool] = field(default_factory=dict)  # requires_grad of what is trained
     replicated: bool = False  # what is trained is whole on every process, see distributed.replicate
@@ -82,15 +85,21 @@ def whole_tensors(model: nn.Module, config: UniLoRAConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def batches_seen(model: nn.Module, config: UniLoRAConfig) -> dict[str, int]:
-    """How many batches the layers with running statistics (BatchNorm) have seen, by name, but for modules_to_save."""
-    saved = whole_tensors(model, config)
-    seen = {}
+def running_statistics(model: nn.Module, config: UniLoRAConfig) -> dict[str, Tensor]:
+    """Persistent buffers of the BatchNorm layers (and InstanceNorm's, where it has some) outside modules_to_save, by
+    their full names: a forward pass in training writes them, frozen or not."""
+    whole = {id(tensor) for tensor in whole_tensors(model, config).values()}
+    tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        count = getattr(module, "num_batches_tracked", None)
-        if isinstance(count, Tensor) and not count.is_meta and f"{name}.num_batches_tracked" not in saved:
-            seen[name] = int(count)
-    return seen
+        if isinstance(module, _NormBase):
+            state = module.state_dict(prefix=name + "." if name else "", keep_vars=True)
+            tensors |= {key: t for key, t in state.items() if not isinstance(t, nn.Parameter) and id(t) not in whole}
+    return tensors
+
+
+def exchanged_tensors(model: nn.Module, config: UniLoRAConfig) -> dict[str, Tensor]:
+    """What has other values with the adapter than without it: modules_to_save, and running statistics."""
+    return whole_tensors(model, config) | running_statistics(model, config)
 
 
 def base_model_of(model: nn.Module) -> str | None:
@@ -155,4 +164,24 @@ class Attached:
 
     def modules_to_save(self) -> dict[str, Tensor]:
         """Trained parameters and buffers of the modules that are trained whole, by their full names."""
-        return whole_tensors(self.model, self.config) if self.vector.enabled else self.attachment.saved_originals
+        return self._with_adapter(whole_tensors(self.model, self.config))
+
+    def moved_statistics(self) -> dict[str, Tensor]:
+        """Running statistics of frozen BatchNorm layers that are not what they were before attach(), by their full
+        names: a forward pass in training moves them."""
+        statistics, originals = running_statistics(self.model, self.config), self.attachment.saved_originals
+        moved = {
+            name: tensor
+            for name, tensor in statistics.items()
+            if not tensor.is_meta
+            and (originals[name].is_meta or not torch.equal(originals[name].to(tensor), tensor.detach()))
+        }
+        return self._with_adapter(moved)
+
+    def exchanged(self) -> dict[str, Tensor]:
+        """:func:`exchanged_tensors`, as they are while the adapter is on."""
+        return self._with_adapter(exchanged_tensors(self.model, self.config))
+
+    def _with_adapter(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values that tensors of the model have while the adapter is on."""
+        return tensors if self.vector.enabled else {name: self.attachment.saved_originals[name] for name in tensors}

@@ -7,7 +7,8 @@
 ``theta_d-<hash>.safetensors``
     theta_d.
 ``modules_to_save-<hash>.safetensors``
-    the modules trained whole, where there are any.
+    the modules trained whole, and running statistics of frozen BatchNorm layers that training moved, where there are
+    any.
 
 The JSON is the only entry: it is replaced last and in one step, and names tensor files by their content. So a folder
 always holds one whole adapter, whenever a save is interrupted. Writers take turns. A reader takes no lock: where a file
@@ -61,7 +62,7 @@ class AdapterFile:
         config: the configuration it was trained with.
         theta_d: [d], on the CPU.
         parts: what the projection keeps beside it, on the CPU.
-        modules_to_save: tensors by full name, on the CPU.
+        modules_to_save: tensors by full name, running statistics that training moved among them, on the CPU.
     """
 
     folder: Path
@@ -95,7 +96,7 @@ def save(
     record = _describe(adapter, metadata)
     tensors = {
         "theta_d": {"theta_d": adapter.theta_d, **_stored_parts(adapter, resumable)},
-        "modules_to_save": adapter.modules_to_save(),
+        "modules_to_save": adapter.modules_to_save() | adapter.moved_statistics(),
     }
     contents = {kind: _safetensors_bytes(part, _header(record)) for kind, part in tensors.items() if part}
     if not all(is_writer(tensor) for part in tensors.values() for tensor in part.values()):

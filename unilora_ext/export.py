@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from unilora_ext.files import locked, replace_file, sweep
 from unilora_ext.sharded_tensors import full, is_writer, reshard
 
 __all__ = ["ADAPTER_FILES", "PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
+
+logger = logging.getLogger("unilora_ext")
 
 PREFIX = "base_model.model."
 """What PEFT puts before a tensor's name in the model."""
@@ -114,6 +117,14 @@ def write_folder(adapter: Attached, folder: str | Path, record: dict[str, Any], 
     whole = {name: full(tensor).cpu().contiguous().clone() for name, tensor in tensors.items()}
     if not all(map(is_writer, (adapter.theta_d, *adapter.modules_to_save().values()))):
         return  # this process had to be there to gather the tensors; another one writes
+    if moved := adapter.moved_statistics():
+        logger.warning(
+            "%s: the running statistics of BatchNorm moved in training, and PEFT's format has no place for them (%d "
+            "buffers, such as '%s'): the exported adapter will compute with those of the base model",
+            folder,
+            len(moved),
+            next(iter(moved)),
+        )
     folder, data = Path(folder), safetensors.torch.save(whole, {"format": "pt"})
     with locked(folder) as alone:
         for name, content in zip(ADAPTER_FILES, (data, json.dumps(record, indent=2).encode() + b"\n"), strict=True):

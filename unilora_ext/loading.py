@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unilora_ext.adapter import Adapter
 from unilora_ext.attaching import Inside, Plan, inner_model
-from unilora_ext.attachment import whole_tensors
+from unilora_ext.attachment import running_statistics, whole_tensors
 from unilora_ext.checkpoint import read
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AdapterFileError, AttachError, UniLoRAError
@@ -91,13 +91,14 @@ def attach_saved(
         folder: for messages.
         theta_d: [d].
         parts: what the projection keeps beside it.
-        tensors: of modules_to_save, by full name.
+        tensors: of modules_to_save, by full name, and running statistics where training moved them.
 
     Raises:
         AdapterFileError: `parts` are not those of the projection, or `tensors` not the model's by name, shape and type.
         AttachError: modules_to_save are on the meta device.
     """
-    whole = whole_tensors(plan.model, plan.config)
+    statistics = running_statistics(plan.model, plan.config)
+    whole = whole_tensors(plan.model, plan.config) | {name: t for name, t in statistics.items() if name in tensors}
     try:
         trained = plan.projection.restored(parts)
     except UniLoRAError as error:

@@ -106,10 +106,10 @@ def _frozen_keys(model: nn.Module) -> list[str]:
 
 
 def trained_tensors(model: nn.Module, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Any]:
-    """What is trained of a model, by its ``state_dict`` keys. The other arguments are Transformers', and are not
+    """What training changes in a model, by its ``state_dict`` keys. The other arguments are Transformers', and are not
     needed."""
     adapter = get_adapter(model)
-    return {**{f"{CHILD}.{name}": t for name, t in adapter.trained.items()}, **adapter.modules_to_save()}
+    return {**{f"{CHILD}.{name}": t for name, t in adapter.trained.items()}, **adapter.exchanged()}
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------

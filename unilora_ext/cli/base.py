@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import unilora_ext as ul
-from unilora_ext.attachment import CHILD, whole_tensors
+from unilora_ext.attachment import CHILD, exchanged_tensors
 from unilora_ext.cli.errors import CliError
 
 __all__ = [
@@ -120,7 +120,7 @@ def base_sha256(adapter: ul.Adapter) -> str:
     a disk, as the tensors are hashed side by side. Not of their names and order: those are a library's.
     """
     model = adapter.model
-    own = {*(f"{CHILD}.{name}" for name in adapter.trained), *whole_tensors(model, adapter.config)}
+    own = {*(f"{CHILD}.{name}" for name in adapter.trained), *exchanged_tensors(model, adapter.config)}
     frozen = {
         (tensor.data_ptr(), tensor.shape): tensor  # a tied weight once
         for name, tensor in model.state_dict().items()

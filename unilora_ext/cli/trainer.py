@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from unilora_ext.attachment import whole_tensors
+from unilora_ext.attachment import exchanged_tensors
 from unilora_ext.checkpoint import read
 from unilora_ext.cli import checkpoints, distributed
 from unilora_ext.cli.encoding import IGNORED
@@ -226,8 +226,9 @@ class AdapterTrainer(Trainer):
         with torch.no_grad():
             for name, tensor in {"theta_d": file.theta_d, **adapter.projection.restored(file.parts)}.items():
                 adapter.trained[name].copy_(tensor)
-            for name, tensor in whole_tensors(adapter.model, adapter.config).items():
-                tensor.copy_(file.modules_to_save[name])
+            originals = adapter.attachment.saved_originals  # of running statistics that had not moved
+            for name, tensor in exchanged_tensors(adapter.model, adapter.config).items():
+                tensor.copy_(file.modules_to_save.get(name, originals[name]))
 
 
 def training_arguments(settings: Settings, folder: Path, steps: int) -> TrainingArguments:

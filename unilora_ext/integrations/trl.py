@@ -25,7 +25,7 @@ from trl.trainer.utils import create_model_from_path
 
 from unilora_ext.adapter import Adapter, get_adapter
 from unilora_ext.attaching import attach
-from unilora_ext.attachment import whole_tensors
+from unilora_ext.attachment import exchanged_tensors
 from unilora_ext.config import UniLoRAConfig
 from unilora_ext.errors import AttachError, UniLoRAError
 from unilora_ext.layer import UniLoRALayer
@@ -103,7 +103,7 @@ def reference(model: nn.Module, start: bool = False) -> Reference:
 
 
 def _trained(adapter: Adapter) -> dict[str, Tensor]:
-    return {**adapter.trained, **whole_tensors(adapter.model, adapter.config)}
+    return {**adapter.trained, **exchanged_tensors(adapter.model, adapter.config)}
 
 
 @contextmanager

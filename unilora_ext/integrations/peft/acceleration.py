@@ -133,6 +133,14 @@ class AcceleratedModel(UniLoraModel):
             raise ValueError(f"adapter_names: expected a list of names in {sorted(known)}, got {names}")
         if any(layer.merged for layer in layers):
             raise ValueError("adapter_names: expected no merged adapter: call unmerge_adapter first")
+        used = {*names, *self.active_adapters} - {"__base__"}
+        for where, module in self.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and not used.issubset(module._adapters):
+                # PEFT would give some rows the base's module, or another adapter's
+                raise ValueError(
+                    f"adapter_names: expected '{where}' in modules_to_save of every adapter that is named or active, "
+                    f"it is not in those of {sorted(used.difference(module._adapters))}"
+                )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
