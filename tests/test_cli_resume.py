@@ -163,9 +163,13 @@ def begun(data, tmp_path, monkeypatch):
     shutil.copytree(data / "tiny", tmp_path / "tiny")
     arguments = command(data, tmp_path / "run")
     arguments[arguments.index("--model") + 1] = str(tmp_path / "tiny")
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "prune", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
-        assert main(arguments) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "prune", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+            assert main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     return tmp_path
 
 
