@@ -35,3 +35,18 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def projections(monkeypatch):
+    """The sizes of all projections made, in order."""
+    from unilora_ext.projections import Restriction
+
+    sizes, matrices = [], Restriction.matrices
+
+    def counted(restriction, *args):
+        sizes.append(len(restriction))
+        return matrices(restriction, *args)
+
+    monkeypatch.setattr(Restriction, "matrices", counted)
+    return sizes

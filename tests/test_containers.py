@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import unilora_ext as ul
-from unilora_ext.projections import Restriction
 
 
 def adapted(model, **options):
@@ -64,19 +63,6 @@ def test_elements_stay_what_they_are(make, tmp_path):
     with pytest.raises(ul.AttachError, match="already"):
         adapted(model, target_modules="all-linear")
     assert torch.equal(adapter.detach()(x), before) and list(model.state_dict()) == names
-
-
-@pytest.fixture
-def projections(monkeypatch):
-    """The sizes of all projections made, in order."""
-    sizes, matrices = [], Restriction.matrices
-
-    def counted(restriction, *args):
-        sizes.append(len(restriction))
-        return matrices(restriction, *args)
-
-    monkeypatch.setattr(Restriction, "matrices", counted)
-    return sizes
 
 
 @pytest.mark.parametrize("make", [chain, nested])

@@ -9,22 +9,8 @@ from models import Tower, dense_update, tokens
 from torch import nn
 
 import unilora_ext as ul
-from unilora_ext.projections import Restriction
 
 CONFIG = ul.UniLoRAConfig(r=2, d=40, target_modules=["up", "down"], seed=5, init_bound=0.5)
-
-
-@pytest.fixture
-def projections(monkeypatch):
-    """The sizes of all projections made, in order."""
-    sizes, matrices = [], Restriction.matrices
-
-    def counted(restriction, *args):
-        sizes.append(len(restriction))
-        return matrices(restriction, *args)
-
-    monkeypatch.setattr(Restriction, "matrices", counted)
-    return sizes
 
 
 def gradient(model, loss):
