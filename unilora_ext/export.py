@@ -17,7 +17,7 @@ from unilora_ext.errors import UniLoRAError, naming
 from unilora_ext.files import locked, replace_file, sweep
 from unilora_ext.sharded_tensors import full, is_writer, reshard
 
-__all__ = ["ADAPTER_FILES", "PREFIX", "common_record", "exact_targets", "export_lora", "write_folder"]
+__all__ = ["ADAPTER_FILES", "PREFIX", "common_record", "exact_targets", "export_lora", "lora_of", "write_folder"]
 
 logger = logging.getLogger("unilora_ext")
 
@@ -44,6 +44,15 @@ def export_lora(adapter: Attached, folder: str | Path) -> None:
 
     PEFT loads all of it. vLLM and llama.cpp's converter refuse an adapter with modules_to_save.
     """
+    write_folder(adapter, folder, *lora_of(adapter))
+
+
+def lora_of(adapter: Attached) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`export_lora` writes: the record and the tensors.
+
+    Raises:
+        UniLoRAError: there is no such LoRA.
+    """
     reshard(adapter.model)
     config, tensors = adapter.config, {}
     with torch.no_grad():
@@ -62,7 +71,7 @@ def export_lora(adapter: Attached, folder: str | Path) -> None:
     }
     if parameters:
         record["target_parameters"] = parameters
-    write_folder(adapter, folder, record, tensors)
+    return record, tensors
 
 
 def common_record(adapter: Attached) -> dict[str, Any]:

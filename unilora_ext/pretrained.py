@@ -23,7 +23,7 @@ from torch import nn
 from unilora_ext.adapter import Adapter, get_adapter
 from unilora_ext.attachment import CHILD, base_model_of
 from unilora_ext.errors import UniLoRAError
-from unilora_ext.export import ADAPTER_FILES
+from unilora_ext.export import ADAPTER_FILES, lora_of, write_folder
 from unilora_ext.files import replace_file
 from unilora_ext.layout import Order
 from unilora_ext.sharded_tensors import full, is_sharded
@@ -170,9 +170,7 @@ def save_pretrained(
 def _write_lora(adapter: Adapter, folder: Path) -> None:
     """The plain LoRA beside an adapter, where there is one."""
     try:
-        if adapter.projection.order is Order.DENSE:
-            raise UniLoRAError(f"{adapter.config.projection} makes dense updates")
-        adapter.export_lora(folder)
+        record, tensors = lora_of(adapter)
     except UniLoRAError as error:
         for name in ADAPTER_FILES:  # of an adapter that was here before
             (folder / name).unlink(missing_ok=True)
@@ -182,6 +180,8 @@ def _write_lora(adapter: Adapter, folder: Path) -> None:
             folder,
             error,
         )
+    else:
+        write_folder(adapter, folder, record, tensors)
 
 
 def push_to_hub(
