@@ -1,0 +1,152 @@
+"""How a model is adapted: each member of the family, PEFT's own code, or the head alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+
+import unilora_ext as ul
+from unilora_ext.config import UniLoRAConfig
+
+__all__ = ["METHODS", "START", "Adapted", "Method", "rate_of_d"]
+
+PAPERS_RATIO = 17.1  # D / d of RoBERTa-large in the paper
+START = 0.02 / sqrt(PAPERS_RATIO)
+"""Bound of the entries of theta_D at the start in the paper's GLUE runs, where theta_d starts in [-0.02, 0.02]."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model as it is trained.
+
+    Attributes:
+        model: with the adapter.
+        groups: what is trained beside the head, with the rate of each as a multiple of the run's.
+        D: numbers of theta_D; 0 where that does not apply.
+        stored: bytes of the adapter without the head, in float32, as a file keeps them.
+    """
+
+    model: nn.Module
+    groups: list[tuple[list[Parameter], float]]
+    D: int
+    stored: int
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are trained beside the head."""
+        return sum(parameter.numel() for parameters, _ in self.groups for parameter in parameters)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of adapting a model.
+
+    Attributes:
+        label: in tables.
+        centre: the middle of the learning rates that are tried; None: the task's rate of a LoRA matrix, times
+            sqrt(D / d) where `law` says so.
+        law: whether rate and start follow d.
+        projection: a name of the family; None: `peft`.
+        peft: class of a PEFT configuration.
+        options: of the projection or of the PEFT configuration.
+    """
+
+    label: str
+    centre: float | None = None
+    law: bool = False
+    projection: str | None = None
+    peft: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def adapt(self, model: nn.Module, task: Any, seed: int, r: int, d: int | None, start: float | None) -> Adapted:
+        """Adapts `model` in place.
+
+        Args:
+            model: plain.
+            task: whose layers are adapted.
+            seed: of P.
+            r: rank.
+            d: length of theta_d; None: the method's own.
+            start: bound of theta_d's start; None: the method's own.
+        """
+        if self.projection is not None:
+            return self._ours(model, task, seed, r, d, start)
+        if self.peft is not None:
+            return self._pefts(model, task, r)
+        model.requires_grad_(False)
+        return Adapted(model, [], 0, 0)
+
+    def _ours(self, model: nn.Module, task: Any, seed: int, r: int, d: int | None, start: float | None) -> Adapted:
+        config = UniLoRAConfig(
+            r=r,
+            d=d,
+            seed=seed,
+            init_bound=start,
+            projection=self.projection or "",
+            projection_options=self.options,
+            target_modules=task.targets,
+            modules_to_save=task.head,
+        )
+        adapter = ul.attach(model, config)
+        rates = adapter.projection.learning_rates
+        groups = [([parameter], rates[name] / rates["theta_d"]) for name, parameter in adapter.trained.items()]
+        parts = {name: tensor for name, tensor in adapter.trained.items() if name != "theta_d"}
+        stored = adapter.theta_d.numel() + sum(t.numel() for t in adapter.projection.stored(parts).values())
+        return Adapted(model, groups, adapter.projection.D, 4 * stored)
+
+    def _pefts(self, model: nn.Module, task: Any, r: int) -> Adapted:
+        import peft
+
+        given = {"target_modules": list(task.targets), "modules_to_save": list(task.head), **self.options}
+        if self.peft in ("LoraConfig", "VBLoRAConfig", "UniLoraConfig"):
+            given["r"] = r
+        if self.peft == "LoraConfig":
+            given["lora_alpha"] = r
+        adapted = peft.get_peft_model(model, getattr(peft, self.peft)(**given))
+        own = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" not in n]
+        slow = [p for n, p in own if "logits" not in n]
+        fast = [p for n, p in own if "logits" in n]  # VB-LoRA's, ten times the bank's rate as published
+        groups = [(part, rate) for part, rate in ((slow, 1.0), (fast, 10.0)) if part]
+        return Adapted(adapted, groups, 0, 4 * sum(p.numel() for part, _ in groups for p in part))
+
+
+def rate_of_d(lora_rate: float, D: int, d: int) -> float:
+    """The law: under Adam a step moves an entry of theta_D, theta_d[j] / sqrt(D / d), as a LoRA matrix's."""
+    return lora_rate * sqrt(D / d)
+
+
+def _ours(projection: str, label: str, centre: float | None = None, law: bool = False, **options: Any) -> Method:
+    return Method(label, centre, law, projection=projection, options=options)
+
+
+def _pefts(kind: str, label: str, centre: float | None = None, **options: Any) -> Method:
+    return Method(label, centre, peft=kind, options=options)
+
+
+METHODS: dict[str, Method] = {
+    "head": Method("the head alone", centre=1.0),
+    "lora": _ours("identity", "LoRA"),
+    "uniform": _ours("uniform", "Uni-LoRA", law=True),
+    "balanced": _ours("balanced", "Uni-LoRA, balanced index", law=True),
+    "unnormalised": _ours("uniform", "Uni-LoRA without 1/sqrt(n)", law=True, normalize=False),
+    "countsketch": _ours("countsketch", "count sketch (random signs)", law=True),
+    "local": _ours("local", "local P", law=True),
+    "nonuniform": _ours("nonuniform", "non-uniform P", law=True),
+    "fastfood": _ours("fastfood", "Fastfood, global", law=True),
+    "gaussian": _ours("gaussian", "dense Gaussian", law=True),
+    "vera": _ours("vera", "VeRA", centre=1e-2),
+    "tied": _ours("tied", "Tied-LoRA", centre=3e-3),
+    "vblora": _ours("vblora", "VB-LoRA", centre=3e-3),
+    "loraxs": _ours("loraxs", "LoRA-XS", centre=3e-3),
+    "fourierft": _ours("fourierft", "FourierFT", centre=6e-2),
+    "tinylora": _ours("tinylora", "TinyLoRA", centre=1e-2),
+    "peft-lora": _pefts("LoraConfig", "PEFT LoRA"),
+    "peft-vera": _pefts("VeraConfig", "PEFT VeRA", centre=1e-2),
+    "peft-vblora": _pefts("VBLoRAConfig", "PEFT VB-LoRA", centre=3e-3),
+    "peft-fourierft": _pefts("FourierFTConfig", "PEFT FourierFT", centre=6e-2),
+}
