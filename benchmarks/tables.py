@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from common import RESULTS, Row
@@ -14,20 +15,24 @@ END = "<!-- end -->"
 
 
 def renew() -> list[Path]:
-    """Rewrites what stands between ``<!-- NAME table -->`` and ``<!-- end -->`` in the README and in docs/, for each
-    table whose results are there; returns the paths of the pages that changed."""
-    changed = []
-    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
-        before = text = path.read_text()
-        for name, (needed, lines) in TABLES.items():
-            begin = f"<!-- {name} table -->\n"
-            if begin in text and (RESULTS / needed).is_file():
-                head, rest = text.split(begin, 1)
-                text = head + begin + "\n".join(lines()) + "\n" + END + rest.split(END, 1)[1]
-        if text != before:
-            path.write_text(text)
-            changed.append(path)
-    return changed
+    """Renews the tables of the README and of docs/ whose results are there; returns the paths of the pages that
+    changed."""
+    lines = {name: write for name, (needed, write) in TABLES.items() if (RESULTS / needed).is_file()}
+    return [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if rewrite(path, lines)]
+
+
+def rewrite(path: Path, tables: Mapping[str, Callable[[], Iterable[str]]]) -> bool:
+    """Replaces what stands between ``<!-- NAME table -->`` and ``<!-- end -->`` in a page by the lines of each table
+    that it has; returns whether that changed it."""
+    before = text = path.read_text()
+    for name, lines in tables.items():
+        begin = f"<!-- {name} table -->\n"
+        if begin in text:
+            head, rest = text.split(begin, 1)
+            text = head + begin + "\n".join(lines()) + "\n" + END + rest.split(END, 1)[1]
+    if text != before:
+        path.write_text(text)
+    return text != before
 
 
 def _demo() -> list[str]:

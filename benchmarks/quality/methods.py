@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 import unilora_ext as ul
 from unilora_ext.config import UniLoRAConfig
 
-__all__ = ["METHODS", "START", "Adapted", "Method", "rate_of_d"]
+__all__ = ["METHODS", "START", "Adapted", "Method"]
 
 PAPERS_RATIO = 17.1  # D / d of RoBERTa-large in the paper
 START = 0.02 / sqrt(PAPERS_RATIO)
 """Bound of the entries of theta_D at the start in the paper's GLUE runs, where theta_d starts in [-0.02, 0.02]."""
+FIRST = 64
+"""d over the d that growing begins with."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,25 @@ class Adapted:
         model: with the adapter.
         groups: what is trained beside the head, with the rate of each as a multiple of the run's.
         D: numbers of theta_D; 0 where that does not apply.
-        stored: bytes of the adapter without the head, in float32, as a file keeps them.
+        beside: how many more numbers than are trained a file keeps.
+        adapter: where it is one of ours.
     """
 
     model: nn.Module
     groups: list[tuple[list[Parameter], float]]
     D: int
-    stored: int
+    beside: int
+    adapter: ul.Adapter | None = None
 
     @property
     def numbers(self) -> int:
         """How many numbers are trained beside the head."""
         return sum(parameter.numel() for parameters, _ in self.groups for parameter in parameters)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the adapter without the head, in float32, as a file keeps them."""
+        return 4 * (self.numbers + self.beside)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,11 @@ class Method:
     Attributes:
         label: in tables.
         centre: the middle of the learning rates that are tried; None: the task's rate of a LoRA matrix, times
-            sqrt(D / d) where `law` says so.
-        law: whether rate and start follow d.
+            that factor where `law` says so.
+        law: whether start and rate are a LoRA matrix's, times what P divides theta_d by: sqrt(D / d), or 1.
+        r: usual rank.
+        grows: whether theta_d is a 64th of d at first, and grows fourfold, its rate halved, where an epoch does not
+            lower the validation loss.
         projection: a name of the family; None: `peft`.
         peft: class of a PEFT configuration.
         options: of the projection or of the PEFT configuration.
@@ -59,6 +71,8 @@ class Method:
     label: str
     centre: float | None = None
     law: bool = False
+    r: int = 4
+    grows: bool = False
     projection: str | None = None
     peft: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -82,6 +96,8 @@ class Method:
         return Adapted(model, [], 0, 0)
 
     def _ours(self, model: nn.Module, task: Any, seed: int, r: int, d: int | None, start: float | None) -> Adapted:
+        if self.grows:
+            d, start = d // FIRST, start * sqrt(FIRST)
         config = UniLoRAConfig(
             r=r,
             d=d,
@@ -96,8 +112,10 @@ class Method:
         rates = adapter.projection.learning_rates
         groups = [([parameter], rates[name] / rates["theta_d"]) for name, parameter in adapter.trained.items()]
         parts = {name: tensor for name, tensor in adapter.trained.items() if name != "theta_d"}
-        stored = adapter.theta_d.numel() + sum(t.numel() for t in adapter.projection.stored(parts).values())
-        return Adapted(model, groups, adapter.projection.D, 4 * stored)
+        beside = sum(t.numel() for t in adapter.projection.stored(parts).values()) - sum(
+            map(Tensor.numel, parts.values())
+        )
+        return Adapted(model, groups, adapter.projection.D, beside, adapter)
 
     def _pefts(self, model: nn.Module, task: Any, r: int) -> Adapted:
         import peft
@@ -112,16 +130,13 @@ class Method:
         slow = [p for n, p in own if "logits" not in n]
         fast = [p for n, p in own if "logits" in n]  # VB-LoRA's, ten times the bank's rate as published
         groups = [(part, rate) for part, rate in ((slow, 1.0), (fast, 10.0)) if part]
-        return Adapted(adapted, groups, 0, 4 * sum(p.numel() for part, _ in groups for p in part))
+        return Adapted(adapted, groups, 0, 0)
 
 
-def rate_of_d(lora_rate: float, D: int, d: int) -> float:
-    """The law: under Adam a step moves an entry of theta_D, theta_d[j] / sqrt(D / d), as a LoRA matrix's."""
-    return lora_rate * sqrt(D / d)
-
-
-def _ours(projection: str, label: str, centre: float | None = None, law: bool = False, **options: Any) -> Method:
-    return Method(label, centre, law, projection=projection, options=options)
+def _ours(
+    projection: str, label: str, centre: float | None = None, law: bool = False, r: int = 4, **options: Any
+) -> Method:
+    return Method(label, centre, law, r, projection=projection, options=options)
 
 
 def _pefts(kind: str, label: str, centre: float | None = None, **options: Any) -> Method:
@@ -132,6 +147,7 @@ METHODS: dict[str, Method] = {
     "head": Method("the head alone", centre=1.0),
     "lora": _ours("identity", "LoRA"),
     "uniform": _ours("uniform", "Uni-LoRA", law=True),
+    "growing": Method("Uni-LoRA, d grows", law=True, projection="uniform", grows=True),
     "balanced": _ours("balanced", "Uni-LoRA, balanced index", law=True),
     "unnormalised": _ours("uniform", "Uni-LoRA without 1/sqrt(n)", law=True, normalize=False),
     "countsketch": _ours("countsketch", "count sketch (random signs)", law=True),
@@ -139,14 +155,17 @@ METHODS: dict[str, Method] = {
     "nonuniform": _ours("nonuniform", "non-uniform P", law=True),
     "fastfood": _ours("fastfood", "Fastfood, global", law=True),
     "gaussian": _ours("gaussian", "dense Gaussian", law=True),
-    "vera": _ours("vera", "VeRA", centre=1e-2),
+    "vera": _ours("vera", "VeRA", centre=1e-2, r=256),
     "tied": _ours("tied", "Tied-LoRA", centre=3e-3),
     "vblora": _ours("vblora", "VB-LoRA", centre=3e-3),
-    "loraxs": _ours("loraxs", "LoRA-XS", centre=3e-3),
+    "vblora-small": _ours("vblora", "VB-LoRA, h = 3", centre=3e-3, num_vectors=3),
+    "loraxs": _ours("loraxs", "LoRA-XS", centre=3e-3, r=16),
     "fourierft": _ours("fourierft", "FourierFT", centre=6e-2),
-    "tinylora": _ours("tinylora", "TinyLoRA", centre=1e-2),
+    "fourierft-small": _ours("fourierft", "FourierFT, n = 64", centre=6e-2, n_frequency=64),
+    "tinylora": _ours("tinylora", "TinyLoRA", centre=1e-2, r=2),
+    "tinylora-large": _ours("tinylora", "TinyLoRA, a v for each layer", centre=1e-2, r=2, groups=12),
     "peft-lora": _pefts("LoraConfig", "PEFT LoRA"),
     "peft-vera": _pefts("VeraConfig", "PEFT VeRA", centre=1e-2),
-    "peft-vblora": _pefts("VBLoRAConfig", "PEFT VB-LoRA", centre=3e-3),
+    "peft-vblora": _pefts("VBLoRAConfig", "PEFT VB-LoRA", centre=3e-3, vector_length=128),
     "peft-fourierft": _pefts("FourierFTConfig", "PEFT FourierFT", centre=6e-2),
 }

@@ -41,7 +41,10 @@ def main() -> int:
             schedule.step()
             optimizer.zero_grad()
             right += int((scores.argmax(-1) == labels[batch]).sum())
-        print(f"epoch {epoch + 1}: accuracy {right / len(images):.4f}, {time.process_time() - began:.0f} CPU-s", flush=True)
+        print(
+            f"epoch {epoch + 1}: accuracy {right / len(images):.4f}, {time.process_time() - began:.0f} CPU-s",
+            flush=True,
+        )
     model.save_pretrained(VIT)
     print(VIT)
     return 0

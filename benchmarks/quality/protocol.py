@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 import torch
-from methods import METHODS
+from methods import FIRST, METHODS, Adapted
 from tasks import TASKS, Rows, loss
 from torch import nn
 
@@ -59,15 +59,20 @@ def perform(run: Run, device: str = "cpu") -> dict[str, Any]:
     head = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     groups = [{"params": parameters, "lr": run.rate * factor} for parameters, factor in adapted.groups]
     groups += [{"params": head, "lr": task.head_rate}] if head else []
+    growth = 1
+    if method.grows:  # the run's rate is that of its d
+        growth = FIRST
+        groups[0]["lr"] *= growth**0.5
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     training, validation, test = task.split(run.seed)
     steps = task.epochs * ceil(len(training) / task.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _height(step, steps))
     order = random.Random(run.seed)
-    last = 0.0
+    last, path, losses = 0.0, [], []
     training_began = time.process_time()
-    for _ in range(task.epochs):
+    for epoch in range(task.epochs):
         last = 0.0
+        path.append(adapted.numbers)
         for inputs, labels in training.batches(task.batch, order):
             total, _, learnt = loss(model, _on(inputs, device), labels.to(device))
             (total / learnt).backward()
@@ -75,12 +80,18 @@ def perform(run: Run, device: str = "cpu") -> dict[str, Any]:
             schedule.step()
             optimizer.zero_grad()
             last += total.item() / learnt * task.epochs / steps
+        if growth > 1 and epoch + 1 < task.epochs:
+            losses.append(score(model, validation, device)["loss"])
+            if losses[-1] > min(losses):
+                growth //= 4
+                _grow(adapted, optimizer, schedule)
     trained = time.process_time()
     validated, tested = score(model, validation, device), score(model, test, device)
     return {
         **asdict(run),
         "D": adapted.D or None,
         "numbers": adapted.numbers,
+        "path": " ".join(map(str, path)) if method.grows else None,
         "bytes": adapted.stored,
         "steps": steps,
         "training_loss": round(last, 5),
@@ -99,6 +110,14 @@ def score(model: nn.Module, rows: Rows, device: str) -> dict[str, float]:
         part = loss(model, _on(inputs, device), labels.to(device))
         total, right, learnt = total + part[0].item(), right + part[1], learnt + part[2]
     return {"accuracy": round(right / learnt, 5), "loss": round(total / learnt, 5)}
+
+
+def _grow(adapted: Adapted, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """theta_d of four times as many numbers, that move theta_D as before."""
+    adapter = adapted.adapter
+    adapter.grow(4 * adapter.projection.d, optimizer)
+    schedule.base_lrs[0] /= 2
+    optimizer.param_groups[0]["lr"] /= 2
 
 
 def _height(step: int, steps: int) -> float:
