@@ -188,10 +188,12 @@ def test_a_start_is_drawn_by_the_global_generator(case):
     first = P.start(torch.float32)
     torch.manual_seed(5)
     second = P.start(torch.float32)
-    assert list(first) == ["theta_d", *P.trained] == list(P.learning_rates)
+    assert list(first) == ["theta_d", *P.trained]
+    assert list(P.learning_rates) in ([], list(first))
     assert all(torch.equal(first[k], second[k]) and first[k].dtype == torch.float32 for k in first)
     if case.kind.start is ul.Projection.start or case.name == "vblora":
-        assert float(first["theta_d"].abs().max()) <= 0.02
+        bound = 0.02 if case.name == "vblora" else 0.005 * P.stretch
+        assert 0.3 * bound < float(P.start(torch.float64)["theta_d"].abs().max()) <= bound
         assert 1 < float(P.start(torch.float32, 5.0)["theta_d"].abs().max()) <= 5
     else:
         with pytest.raises(ul.UniLoRAError, match="init_bound"):

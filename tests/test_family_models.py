@@ -112,7 +112,7 @@ def test_export_as_lora(case, tmp_path):
 def test_training_lowers_the_loss(case):
     model = tower()
     adapter = ul.attach(model, case.config(3, random_seed(), target_modules=["up", "down"]))
-    rates = adapter.projection.learning_rates
+    rates = adapter.learning_rates()
     optimizer = torch.optim.AdamW(
         [{"params": [t], "lr": rates[name]} for name, t in adapter.trained.items()], weight_decay=0.0
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,19 @@ from torch.optim import Optimizer
 
 from unilora_ext import checkpoint
 from unilora_ext.attachment import CHILD, Attached, adapted_model, attachment_of, exchanged_tensors, holder_of
-from unilora_ext.errors import UniLoRAError, naming
+from unilora_ext.errors import UniLoRAError, naming, shown
 from unilora_ext.export import export_lora
 from unilora_ext.fused import FusedLayer
 from unilora_ext.growing import grow
 from unilora_ext.layer import updated_class
 from unilora_ext.sharded_tensors import exchange_, managed_by_fsdp
 
-__all__ = ["Adapter", "get_adapter", "set_class"]
+__all__ = ["LORA_RATE", "Adapter", "get_adapter", "set_class"]
+
+LORA_RATE = 2.0
+"""Learning rate of a LoRA matrix under Adam, times the inputs of its layer."""
+NARROW = 128
+"""Inputs below which the rate rises no more."""
 
 
 def set_class(module: nn.Module, adapted_class: type[nn.Module]) -> None:
@@ -85,6 +91,40 @@ class Adapter(Attached):
         trained, everything = self.get_nb_trainable_parameters()
         share = 100 * trained / everything
         print(f"trainable params: {trained:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
+
+    # -- learning rates -----------------------------------------------------------------------------------------------
+
+    def learning_rate(self, lora_rate: float | None = None) -> float:
+        """The learning rate of theta_d under Adam, for an optimizer and a schedule that are good for LoRA at
+        `lora_rate`: ``lora_rate * sqrt(D / d)``.
+
+        Adam moves every number of theta_d by about its learning rate a step, and an entry of theta_D is one of theta_d
+        over sqrt(D / d): with this rate the matrices A and B move as LoRA's do, whatever d is.
+
+        Args:
+            lora_rate: of a LoRA matrix; None: 2 / width, where width is the mean number of inputs of the adapted
+                layers, at least 128; or the projection's own rate.
+
+        Raises:
+            UniLoRAError: `lora_rate` is no number > 0, or the projection has a rate of its own, to which LoRA's does
+                not carry over.
+        """
+        return self.learning_rates(lora_rate)["theta_d"]
+
+    def learning_rates(self, lora_rate: float | None = None) -> dict[str, float]:
+        """:meth:`learning_rate` of theta_d, and of the projection's trained parts: by the names of :attr:`trained`."""
+        own = dict(self.projection.learning_rates)
+        if lora_rate is None:
+            width = max(self.vector.layout.width, NARROW)
+            return own or {"theta_d": LORA_RATE / width * self.projection.stretch}
+        if own:
+            raise UniLoRAError(
+                f"learning_rate: expected lora_rate None for '{self.projection.name}', which has rates of its own, "
+                f"{own}; got {lora_rate!r}"
+            )
+        if isinstance(lora_rate, bool) or not isinstance(lora_rate, (int, float)) or not 0 < lora_rate < math.inf:
+            raise UniLoRAError(f"learning_rate: lora_rate: expected a number > 0, got {shown(lora_rate)}")
+        return {"theta_d": lora_rate * self.projection.stretch}
 
     # -- on and off ---------------------------------------------------------------------------------------------------
 

@@ -100,6 +100,11 @@ class Layout:
     def __len__(self) -> int:
         return len(self.shapes)
 
+    @property
+    def width(self) -> float:
+        """The mean of n, the inputs of a weight."""
+        return sum(n for _, n in self.shapes) / len(self.shapes)
+
     def range_of(self, module: int) -> Range:
         """The positions of a module."""
         return self.starts[module], self.starts[module + 1]

@@ -109,7 +109,7 @@ class Method:
             modules_to_save=task.head,
         )
         adapter = ul.attach(model, config)
-        rates = adapter.projection.learning_rates
+        rates = adapter.learning_rates()
         groups = [([parameter], rates[name] / rates["theta_d"]) for name, parameter in adapter.trained.items()]
         parts = {name: tensor for name, tensor in adapter.trained.items() if name != "theta_d"}
         beside = sum(t.numel() for t in adapter.projection.stored(parts).values()) - sum(

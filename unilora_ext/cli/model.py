@@ -160,7 +160,7 @@ def attach(model: nn.Module, settings: Settings, targets: Sequence[str] | str, w
 
 def learning_rates(settings: Settings, adapter: ul.Adapter) -> dict[str, float]:
     """Of theta_d and the projection's trained parts: the projection's own, all scaled where one is set for theta_d."""
-    own = dict(adapter.projection.learning_rates)
+    own = adapter.learning_rates()
     if settings.lr_theta is None:
         return own
     factor = settings.lr_theta / own["theta_d"]

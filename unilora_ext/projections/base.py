@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from unilora_ext.layout import Layout, Order, Range
 from unilora_ext.projections.restriction import Restriction, cut, widened
 
 __all__ = ["Given", "Option", "Projection", "Weights", "expect_tensors", "faking", "kept", "ordinary"]
+
+LORA_START = 0.005
+"""Bound of the entries of theta_D at the start: that of the paper's GLUE runs, 0.02 at D / d = 17."""
 
 Weights = Callable[[int], Tensor]
 """The base weight W [m, n] of a module of the layout, by its number: a plain floating tensor with values."""
@@ -93,7 +97,8 @@ class Projection(ABC):
         trained: names of P's own trained parts.
         stored_names: all names that :meth:`stored` may give.
         options: settings beside d and the seed.
-        learning_rates: of theta_d and the trained parts, to begin with, under AdamW.
+        learning_rates: of theta_d and the trained parts, to begin with, under AdamW, where the method has its own;
+            empty: theta_d has that of a LoRA matrix times :attr:`stretch`.
         most_rows: the largest D.
         D: number of rows, the length of theta_D.
         d: number of columns, the length of theta_d.
@@ -107,7 +112,7 @@ class Projection(ABC):
     trained: ClassVar[tuple[str, ...]] = ()
     stored_names: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, Option]] = {}
-    learning_rates: ClassVar[Mapping[str, float]] = {"theta_d": 0.02}
+    learning_rates: ClassVar[Mapping[str, float]] = {}
     most_rows: ClassVar[int] = 1 << 53  # integers that every reader of JSON has
 
     def __init__(
@@ -157,12 +162,13 @@ class Projection(ABC):
 
         Args:
             dtype: float32 or float64.
-            bound: where theta_d starts uniform in [-bound, bound], the bound; None: 0.02, as in the paper.
+            bound: where theta_d starts uniform in [-bound, bound], the bound; None: 0.005 times :attr:`stretch`, by
+                which theta_D starts alike for every d (the paper's 0.02 where D / d is 16).
 
         Raises:
             UniLoRAError: theta_d starts in another way, and a bound is given.
         """
-        bound = 0.02 if bound is None else bound
+        bound = LORA_START * self.stretch if bound is None else bound
         return {"theta_d": torch.empty(self.d, dtype=dtype, device="cpu").uniform_(-bound, bound)}
 
     def stored(self, trained: Mapping[str, Tensor], resumable: bool = False) -> dict[str, Tensor]:
@@ -201,6 +207,12 @@ class Projection(ABC):
             f"{self}: expected a projection whose columns split ('uniform', 'balanced' or 'countsketch'), "
             f"got '{self.name}'"
         )
+
+    @property
+    def stretch(self) -> float:
+        """How much larger an entry of theta_d is than one of theta_D, root mean squares, where theta_d is random:
+        sqrt(D / d) where P is isometric. A step of Adam moves an entry of theta_D by the learning rate over this."""
+        return math.sqrt(self.D / self.d)
 
     # -- what is derived ----------------------------------------------------------------------------------------------
 

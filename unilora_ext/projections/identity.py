@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ class IdentityProjection(Projection):
     """
 
     name = "identity"
-    learning_rates: ClassVar[Mapping[str, float]] = {"theta_d": 1e-3}
 
     def __init__(self, layout: Layout, version: int | None = None, seed: int = 0) -> None:
         super().__init__(layout.D, layout.D, seed, version)

@@ -47,6 +47,10 @@ class IndexedProjection(Projection):
         return None
 
     @property
+    def stretch(self) -> float:
+        return super().stretch if self.given_options.get("normalize", True) else 1.0
+
+    @property
     def index(self) -> Tensor:
         """int32 [D] on the CPU: the column of each row."""
         restriction = self.restrict("cpu")

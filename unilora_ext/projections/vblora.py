@@ -85,7 +85,8 @@ class VBLoraProjection(BlockProjection):
 
     def start(self, dtype: torch.dtype, bound: float | None = None) -> dict[str, Tensor]:
         shape = self.D // self.vector_length, self.given_options["num_vectors"]
-        return {**super().start(dtype, bound), "logits": torch.randn(shape, dtype=dtype, device="cpu") * 0.1}
+        bank = super().start(dtype, 0.02 if bound is None else bound)
+        return {**bank, "logits": torch.randn(shape, dtype=dtype, device="cpu") * 0.1}
 
     def rows_of(self, block: int) -> tuple[tuple[int, int]]:
         return (tuple(bound // self.vector_length for bound in self.bounds[block : block + 2]),)
