@@ -10,7 +10,7 @@ from test_cli_causal_data import write_decoder, write_records
 from test_cli_data import write_model, write_rows
 
 from unilora_ext.cli import main
-from unilora_ext.cli.advice import ENOUGH_STEPS, few_steps, hardly_learnt
+from unilora_ext.cli.advice import ENOUGH_STEPS, few_steps, hardly_learnt, hardly_moves
 from unilora_ext.cli.data import label_entropy, read_rows
 from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION
 
@@ -89,6 +89,12 @@ def test_few_steps_and_what_is_enough(steps, epochs):
     suggested = int(re.search(r"--epochs (\d+)", message)[1])
     assert f"{steps * epochs} steps" in message
     assert few_steps(steps, suggested) is None and few_steps(steps, suggested - 1) is not None
+
+
+def test_a_rate_that_hardly_moves_anything():
+    assert hardly_moves(2e-4, 190.0, 0.1) is None  # 1.05e-6 an entry
+    message = hardly_moves(1e-4, 190.0, 0.1)  # PEFT's default rate and d in a model of 3 B parameters
+    assert "5e-07" in message and "190.0" in message and message.endswith("it is 0.1")
 
 
 def test_hardly_learnt():

@@ -1,4 +1,4 @@
-"""What to tell whose run has too few steps to learn: before it, and after it."""
+"""What to tell whose run cannot learn, or has not learnt: before it, and after it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from math import ceil
 
 from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION
 
-__all__ = ["few_steps", "hardly_learnt"]
+__all__ = ["few_steps", "hardly_learnt", "hardly_moves"]
 
 ENOUGH_STEPS = 150
 """Optimizer steps from which a classifier learns with the defaults, however many epochs they are: all-MiniLM-L6-v2 on
@@ -25,6 +25,26 @@ def few_steps(steps_an_epoch: int, epochs: int) -> str | None:
     return (
         f"{steps:,} steps in all are few to learn from, about {ENOUGH_STEPS} are needed; "
         f"take --epochs {ceil(ENOUGH_STEPS / steps_an_epoch)} or more"
+    )
+
+
+LEAST_MOVE = 1e-6
+"""What a LoRA matrix must move by in a step of Adam to learn: a hundredth of the smallest learning rate in use."""
+
+
+def hardly_moves(rate: float, stretch: float, default: float) -> str | None:
+    """A warning where the learning rate of theta_d is too small for its d.
+
+    Args:
+        rate: of theta_d, under Adam.
+        stretch: of the projection, sqrt(D / d).
+        default: the rate that would be taken.
+    """
+    if rate / stretch >= LEAST_MOVE:
+        return None
+    return (
+        f"--lr-theta {rate:g} moves the entries of A and B by about {rate / stretch:.1g} a step, the rate over "
+        f"sqrt(D / d) = {stretch:.1f}: too little to learn anything; without --lr-theta it is {default:.2g}"
     )
 
 

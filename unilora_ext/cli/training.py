@@ -142,7 +142,7 @@ def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) 
     own = {name: t.numel() for name, t in adapter.trained.items() if name != "theta_d"}
     parts = "".join(f" and {name} ({count:,})" for name, count in own.items())
     whole = f"; trained whole: {', '.join(adapter.config.modules_to_save)} ({head:,})" if head else ""
-    rates = [f"{rate:g} ({name})" for name, rate in learning_rates(settings, adapter).items()]
+    rates = [f"{rate:.4g} ({name})" for name, rate in learning_rates(settings, adapter).items()]
     rates += [f"{settings.lr_head:g} (head)"] * bool(head)
     print(
         f"model     {settings.model} ({type(task.model).__name__})\n"
@@ -159,6 +159,8 @@ def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) 
         f"{'s' if len(rates) > 1 else ''} {' and '.join(rates)}, seed {settings.seed}, on {device_of(settings.device)}",
         flush=True,
     )
+    rate = learning_rates(settings, adapter)["theta_d"]
+    _warn(advice.hardly_moves(rate, adapter.projection.stretch, adapter.learning_rate()))
     if settings.task != CAUSAL_LM:
         _warn(advice.few_steps(steps, settings.epochs))
 
