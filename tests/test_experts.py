@@ -231,9 +231,9 @@ def test_export_is_pefts_lora_of_parameters(kind, targets, tmp_path):
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").eval()
     with torch.no_grad():
         y = model(x).logits
-        torch.testing.assert_close(theirs(x).logits, y, rtol=1e-3, atol=1e-3)
         with adapter.disable():
-            assert (model(x).logits - y).abs().max() > 0.01
+            effect = (model(x).logits - y).abs().max()
+        assert (theirs(x).logits - y).abs().max() < 0.01 * effect
 
 
 @pytest.mark.parametrize("what", ["_is_expert_parallel", "has_post_expert_norm"])
