@@ -278,6 +278,7 @@ def test_grpo_refuses(model, tmp_path, name):
 # ---- the examples ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options"),
     [

@@ -187,6 +187,15 @@ def growing() -> Iterator[Choice]:
         yield Choice(task, method, 4, d, *_one(law(task, 4, d, rate)))
 
 
+def heldout() -> Iterator[Choice]:
+    """The defaults alone, beside the best of a grid, on a task and a model that settings were not chosen by."""
+    width, d = 30 * (6 * 576 + 1_536) / 210, 65_536  # of the inputs of the adapted layers; default_d
+    given = law("language", 4, d, 2 / width, 0.005)
+    yield Choice("language", "uniform", 4, d, *_one(given), seeds=(0, 1, 2))
+    rates = tuple(_rounded(given["rate"] * multiple) for multiple in TRIED)
+    yield Choice("language", "uniform", 4, d, given["start"], rates, trials=(0,), seeds=(0, 1, 2))
+
+
 def _one(given: dict[str, float]) -> tuple[float, tuple[float]]:
     return given["start"], (given["rate"],)
 
@@ -200,4 +209,5 @@ QUESTIONS: dict[str, Callable[[], Iterator[Choice]]] = {
     "lengths": lengths,
     "ranks": ranks,
     "growing": growing,
+    "heldout": heldout,
 }

@@ -189,7 +189,7 @@ def _windows() -> tuple[Rows, Rows]:
     ids = tokenizer(texts[:4_000], truncation=True, max_length=WINDOW)["input_ids"]
     rows = [torch.tensor(row) for row in ids if len(row) == WINDOW]
     every = Rows(rows, rows)
-    return every.take(range(400, len(rows))), every.take(range(400))
+    return every.take(range(300, len(rows))), every.take(range(300))
 
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -261,7 +261,7 @@ TASKS: dict[str, Task] = {
         head=("classifier",),
         epochs=3,
         batch=16,
-        lora_rate=4e-3,
+        lora_rate=5.2e-3,
         head_rate=2e-3,
     ),
     "tweets": Task(
@@ -275,7 +275,7 @@ TASKS: dict[str, Task] = {
         head=("classifier",),
         epochs=3,
         batch=16,
-        lora_rate=4e-3,
+        lora_rate=5.2e-3,
         head_rate=2e-3,
     ),
     "garments": Task(
@@ -303,7 +303,7 @@ TASKS: dict[str, Task] = {
         head=(),
         epochs=1,
         batch=4,
-        lora_rate=1e-3,
+        lora_rate=2.8e-3,
         head_rate=0.0,
         best="loss",
     ),
