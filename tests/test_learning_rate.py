@@ -39,7 +39,7 @@ def test_a_step_of_adam_moves_the_matrices_as_loras(projection, d):
 
 
 def test_without_normalisation_the_rate_is_loras():
-    model, adapter = attached("uniform", 20, projection_options={"normalize": False})
+    _, adapter = attached("uniform", 20, projection_options={"normalize": False})
     assert adapter.learning_rate(2e-3) == 2e-3
     assert float(adapter.theta_d.detach().abs().max()) <= 0.005
 
@@ -73,7 +73,7 @@ def test_a_grown_vector_has_the_rate_of_its_d():
 def test_rates_that_are_the_projections_own():
     _, adapter = attached("vblora", None)
     assert adapter.learning_rates() == {"theta_d": 1e-3, "logits": 1e-2} and adapter.learning_rate() == 1e-3
-    with pytest.raises(ul.UniLoRAError, match="lora_rate None for 'vblora'.*got 0.002"):
+    with pytest.raises(ul.UniLoRAError, match=r"lora_rate None for 'vblora'.*got 0\.002"):
         adapter.learning_rate(2e-3)
 
 

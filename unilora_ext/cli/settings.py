@@ -109,8 +109,8 @@ class Settings:
     lr_theta: float | None = _option(
         None,
         float,
-        "peak learning rate of theta_d (without it, 2 / width sqrt(D / d), or the projection's own); the trained parts of "
-        "a projection keep their ratio to it",
+        "peak learning rate of theta_d (without it, 2 / width sqrt(D / d), or the projection's own); the trained parts "
+        "of a projection keep their ratio to it",
         **_RATE,
     )
     lr_head: float = _option(0.002, float, "peak learning rate of the classifier head", **_RATE, task=CLASSIFICATION)
