@@ -46,8 +46,8 @@ class UniLoRAConfig:
         seed: of P, in [0, 2^63). theta_d itself starts from PyTorch's global generator.
         alpha: the update is scaled by alpha / r; None: by 1, as in the paper's code.
         dropout: probability with which an input of the LoRA path is zeroed in training.
-        init_bound: theta_d starts uniform in [-init_bound, init_bound]; None: as the projection has it (0.02 for
-            Uni-LoRA). 0 would never train: both factors and so all gradients would be zero.
+        init_bound: theta_d starts uniform in [-init_bound, init_bound]; None: as the projection has it, for Uni-LoRA
+            0.005 sqrt(D / d). 0 would never train: both factors and so all gradients would be zero.
         materialize: whether the projection's index is stored (4 bytes an element of theta_D on the CPU, 8 on CUDA) or
             computed anew each time (0 bytes, slower; 4 for `uniform` trained on CUDA); the same values and gradients.
             None: stored, but for D > 2^27 on the CPU.
