@@ -26,7 +26,8 @@ def data(tmp_path_factory):
     write_model(folder / "tiny")
     write_rows(folder / "rows.csv", 200)
     write_rows(folder / "right.csv", 60, seed=1)
-    rows = list(csv.DictReader(open(folder / "right.csv", encoding="utf-8")))
+    with open(folder / "right.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
     first, second = sorted({row["label"] for row in rows})
     with open(folder / "wrong.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["text", "label"])

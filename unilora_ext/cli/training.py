@@ -140,7 +140,7 @@ def _asdicts(scores: dict[str, Score | None]) -> dict[str, dict[str, Any] | None
 def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) -> None:
     adapter = task.adapter
     head = sum(t.numel() for t in adapter.modules_to_save().values())
-    names = adapter.config.target_modules
+    names, P = adapter.config.target_modules, adapter.projection
     own = {name: t.numel() for name, t in adapter.trained.items() if name != "theta_d"}
     parts = "".join(f" and {name} ({count:,})" for name, count in own.items())
     grows = f" that may grow to {growth.last_d(adapter):,}" if settings.d == growth.AUTO else ""
@@ -157,7 +157,7 @@ def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) 
         print(f"labels    {', '.join(rows.labels[:8])}{', ...' if len(rows.labels) > 8 else ''}")
     print(
         f"adapter   {names if isinstance(names, str) else ', '.join(names)} in {len(adapter.layers)} modules, "
-        f"r = {adapter.config.r}: D = {adapter.projection.D:,} values from d = {adapter.config.d:,}{grows}{parts}{whole}\n"
+        f"r = {adapter.config.r}: D = {P.D:,} values from d = {P.d:,}{grows}{parts}{whole}\n"
         f"training  {settings.epochs} epochs of {steps} steps of {settings.batch_size} rows, learning rate"
         f"{'s' if len(rates) > 1 else ''} {' and '.join(rates)}, seed {settings.seed}, on {device_of(settings.device)}",
         flush=True,
