@@ -7,7 +7,7 @@ from math import sqrt
 from typing import Any
 
 from answers import Answer, answers, tried
-from questions import QUESTIONS
+from questions import ENTRY_RATES, QUESTIONS
 from rows import Rows
 from tasks import TASKS
 
@@ -44,6 +44,7 @@ def rates(rows: Rows, axes: list[Any]) -> None:
             _points(panels[choice.task, choice.r], points, linestyle=style, label=label)
     for panel, title in zip(axes, ("garments, r = 4", "garments, r = 1 and 16", "tweets, r = 4"), strict=True):
         panel.set(xscale="log", xlabel="learning rate / sqrt(D / d)", ylabel="test accuracy, %", title=title)
+        panel.set_xticks(ENTRY_RATES, [f"{rate:g}" for rate in ENTRY_RATES], fontsize=7)
 
 
 def starts(rows: Rows, axes: list[Any]) -> None:

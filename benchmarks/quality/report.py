@@ -171,12 +171,14 @@ def draw(rows: Rows) -> Iterator[Path]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     for name, (drawing, panels) in DRAWINGS.items():
         figure, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 4.2), squeeze=False, layout="constrained")
         drawing(rows, list(axes[0]))
         for panel in axes[0]:
             panel.grid(alpha=0.3)
+            panel.xaxis.set_minor_formatter(NullFormatter())
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize=7)
         path = RESULTS / f"quality-{name}.png"
