@@ -19,7 +19,7 @@ from unilora_ext.cli.conversations import read_conversations, split_conversation
 from unilora_ext.cli.data import RunData, label_names, read_rows, split_rows, write_rows
 from unilora_ext.cli.errors import CliError, RunError, need
 from unilora_ext.cli.files import sha256
-from unilora_ext.cli.settings import CAUSAL_LM, Settings, option_name, read_run, run_record
+from unilora_ext.cli.settings import CAUSAL_LM, REGRESSION, Settings, option_name, read_run, run_record
 from unilora_ext.files import replace_file
 
 __all__ = ["command", "nothing_left", "run"]
@@ -152,7 +152,8 @@ def _begin(settings: Settings, facts: dict[str, Any], rows: RunData, output: Pat
     if settings.task == CAUSAL_LM:
         write_conversations(path, rows.validation, settings.text_column)
     else:
-        write_rows(path, rows.validation, settings.text_column, settings.label_column)
+        columns = (settings.text_column, settings.label_column, settings.text_pair_column)
+        write_rows(path, rows.validation, *columns)
     for path in checkpoints.remove_incomplete(output / "checkpoints"):
         print(f"removed {path}: its saving was interrupted")
 
@@ -162,14 +163,15 @@ def read_data(settings: Settings) -> RunData:
     if settings.task == CAUSAL_LM:
         return _read_conversations(settings)
     columns = (settings.text_column, settings.label_column)
-    form = settings.form
-    training = read_rows(settings.data, *columns, form=form)
-    labels = label_names(training, f"{settings.data}, column '{settings.label_column}'")
+    options = {"form": settings.form, "pair_column": settings.text_pair_column}
+    options["numbers"] = numbers = settings.task == REGRESSION
+    training = read_rows(settings.data, *columns, **options)
+    labels = [] if numbers else label_names(training, f"{settings.data}, column '{settings.label_column}'")
     if settings.validation is not None:
-        validation = read_rows(settings.validation, *columns, labels, form)
+        validation = read_rows(settings.validation, *columns, labels, **options)
     else:
-        training, validation = split_rows(training, settings.validation_fraction, settings.seed)
-    test = read_rows(settings.test, *columns, labels, form) if settings.test is not None else []
+        training, validation = split_rows(training, settings.validation_fraction, settings.seed, by_label=not numbers)
+    test = read_rows(settings.test, *columns, labels, **options) if settings.test is not None else []
     return RunData(labels, training, validation, test)
 
 

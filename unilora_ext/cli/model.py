@@ -51,7 +51,7 @@ class TaskModel(ABC):
         adapter: of `model`.
         task: name of the task.
         auto_class: of Transformers, that loads such a model.
-        figure: name of the figure that is reported beside the loss.
+        figure: name of the figure that is reported beside the loss, unless ``--best`` names another.
         speed_unit: what the progress bar counts: ``samples`` or ``tokens``.
     """
 

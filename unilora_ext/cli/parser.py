@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--overwrite", action="store_true", default=argparse.SUPPRESS, help="replace the run in --output")
 
-    evaluate = add("evaluate", "predict:evaluate", "accuracy or perplexity, and loss, of a saved adapter on rows")
+    evaluate = add("evaluate", "predict:evaluate", "loss and figures of a saved adapter on rows")
     _add_adapter(evaluate)
     evaluate.add_argument(
         "--data", required=True, metavar="FILE", help="rows with text and label, or records, as in training"

@@ -78,4 +78,4 @@ def blank(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The shortest example with nothing to learn in it."""
     shortest = min(examples, key=lambda example: len(example["input_ids"]))
     labels = shortest["labels"]
-    return {**shortest, "labels": IGNORED if isinstance(labels, int) else [IGNORED] * len(labels)}
+    return {**shortest, "labels": IGNORED if isinstance(labels, (int, float)) else [IGNORED] * len(labels)}
