@@ -193,9 +193,8 @@ def load_base(base: str, max_length: int | None, dtype: str, quantization: str =
     with quiet_bars():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, gguf_file=options.get("gguf_file"))
-            if "gguf_file" in options and hasattr(
-                transformers, "GgufConfig"
-            ):  # before it, a GGUF file was always unpacked
+            # Before GgufConfig, a GGUF file was always unpacked.
+            if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, dtype), output_loading_info=True, **options

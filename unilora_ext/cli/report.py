@@ -1,5 +1,5 @@
-"""The picture of a run: loss and accuracy, correlation or perplexity by epoch, and the adapter's size beside those of LoRA
-and of the model."""
+"""The picture of a run: loss and the run's figure by epoch, and the adapter's size beside those of LoRA and of
+the model."""
 
 from __future__ import annotations
 
