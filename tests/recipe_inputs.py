@@ -32,13 +32,13 @@ def write_roberta(folder):
 
 
 def write_decoder(folder, architecture):
-    """A causal language model of ``Mistral``, ``Gemma`` or ``Llama``'s architecture."""
+    """A causal language model of ``Mistral``, ``Gemma`` or ``Llama``'s architecture.  Its sizes are those that four bits can be packed to on a CPU."""
     tokenizer = make_tokenizer(bos=True)
     tokenizer.model_max_length = 1024
     tokenizer.save_pretrained(folder)
     config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, head_dim=8, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=1,
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=128, head_dim=16, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=1,
         eos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)

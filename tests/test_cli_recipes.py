@@ -131,7 +131,7 @@ def test_glue(folder, roberta, name, capsys):
 
 
 @pytest.mark.parametrize("name", list(CAUSAL))
-def test_causal(folder, name):
+def test_causal(folder, name, capsys):
     output = folder / name
     if CAUSAL[name][1]["quantization"] == "nf4":
         pytest.importorskip("bitsandbytes")
@@ -152,7 +152,12 @@ def test_causal(folder, name):
     assert written[1]["prompt"].endswith(prompt.format(1)) and "### Input" not in written[1]["prompt"]
     assert ("### Input:\na list\n" in written[0]["prompt"]) == ("input" in rows)
     assert written[1]["completion"] == rows["response" if "response" in rows else "output"][1]
+    capsys.readouterr()
     assert main(f"evaluate --adapter {output}/adapter --data {output}/validation.jsonl".split()) == 0
+    evaluated = capsys.readouterr()
+    assert "warning" not in evaluated.err
+    if CAUSAL[name][1]["quantization"] == "none":
+        assert repr(results["validation"]["loss"]) in evaluated.out
 
 
 def test_an_nf4_base_is_in_four_bits(folder):
