@@ -32,7 +32,8 @@ def write_roberta(folder):
 
 
 def write_decoder(folder, architecture):
-    """A causal language model of ``Mistral``, ``Gemma`` or ``Llama``'s architecture.  Its sizes are those that four bits can be packed to on a CPU."""
+    """A causal language model of ``Mistral``, ``Gemma`` or ``Llama``'s architecture. Its sizes are those that four bits
+    can be packed to on a CPU."""
     tokenizer = make_tokenizer(bos=True)
     tokenizer.model_max_length = 1024
     tokenizer.save_pretrained(folder)

@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     write_pairs(folder / "test.csv", 90, seed=1)
     command = f"finetune --task sequence-regression --model {folder}/tiny --data {folder}/rows.csv --test "
     command += f"{folder}/test.csv --text-column one --text-pair-column two --label-column score --output {folder}/run "
-    command += "--d 64 --lr-theta 0.2 --lr-head 0.02 --batch-size 8 --epochs 4 --best pearson --device cpu"
+    command += "--d 64 --lr-theta 0.2 --lr-head 0.02 --batch-size 8 --epochs 10 --best pearson --device cpu"
     assert main(command.split()) == 0
     return folder, json.loads((folder / "run/report/metrics.json").read_text())
 
