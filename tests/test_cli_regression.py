@@ -20,14 +20,15 @@ pytest.importorskip("matplotlib")
 
 
 def write_pairs(path, count, seed=0):
-    """The label counts the good words of the second text; the first says nothing."""
+    """The label is near the sign of the second text's words; the first text says nothing."""
     generator = random.Random(seed)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["score", "one", "two"])
         for _ in range(count):
-            words = [generator.choice(WORDS[:6]) for _ in range(5)]
-            score = sum(word in WORDS[:3] for word in words) - 1.5
+            sign = generator.randrange(2)
+            words = [generator.choice(WORDS[3 * sign : 3 * sign + 3]) for _ in range(3)]
+            score = 1 - 2 * sign + generator.uniform(-0.2, 0.2)
             writer.writerow([score, generator.choice(WORDS[6:]), " ".join(words)])
     return path
 
@@ -41,7 +42,7 @@ def run(tmp_path_factory):
     write_pairs(folder / "test.csv", 90, seed=1)
     command = f"finetune --task sequence-regression --model {folder}/tiny --data {folder}/rows.csv --test "
     command += f"{folder}/test.csv --text-column one --text-pair-column two --label-column score --output {folder}/run "
-    command += "--d 64 --lr-theta 0.2 --lr-head 0.02 --batch-size 8 --epochs 10 --best pearson --device cpu"
+    command += "--d 64 --lr-theta 0.2 --lr-head 0.02 --batch-size 8 --epochs 4 --best pearson --device cpu"
     assert main(command.split()) == 0
     return folder, json.loads((folder / "run/report/metrics.json").read_text())
 
