@@ -19,7 +19,7 @@ from unilora_ext.cli.model import Score, TaskModel, attach, first_line, quiet_ba
 from unilora_ext.cli.packages import model_path
 from unilora_ext.cli.settings import CLASSIFICATION, Settings
 
-__all__ = ["Classifier", "default_targets", "logits", "mean_pooled", "plain_model"]
+__all__ = ["Classifier", "default_targets", "head_options", "logits", "mean_pooled", "plain_model", "trained_whole"]
 
 EVALUATION_BATCH = 32
 DEFAULT_MAX_LENGTH = 128
@@ -108,6 +108,10 @@ class Classifier(TaskModel):
     def collator(self) -> Callable[[list[dict[str, Any]]], Any]:
         return DataCollatorWithPadding(self.tokenizer)
 
+    def batches(self, rows: Sequence[Row], size: int) -> Iterator[tuple[list[int], Any]]:
+        """(positions, what the model takes): the same for the same rows."""
+        return _batches(self.tokenizer, [row.texts for row in rows], self.max_length, size)
+
     def loss_sum(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         labels = inputs["labels"]
         scores = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
@@ -151,7 +155,7 @@ def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tup
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 path,
-                **_head(labels),
+                **head_options(labels),
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -170,16 +174,10 @@ def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tup
         max_length = min(DEFAULT_MAX_LENGTH, limit)
     elif max_length > limit:
         raise CliError(f"--max-length: expected at most {limit}, the longest input of {base}; got {max_length}")
-    parts = [(name, part) for name, part in model.named_children() if part is not model.base_model]
-    head = [name for name, part in parts if next(part.parameters(), None) is not None]
-    new = {
-        key if isinstance(key, str) else key[0] for kind in ("missing_keys", "mismatched_keys") for key in info[kind]
-    }
-    fresh = sorted({key.rpartition(".")[0] for key in new if key.partition(".")[0] not in head})
-    return model, tokenizer, [*head, *(name for name in fresh if name)], max_length
+    return model, tokenizer, trained_whole(model, info), max_length
 
 
-def _head(labels: Sequence[str]) -> dict[str, Any]:
+def head_options(labels: Sequence[str]) -> dict[str, Any]:
     """What the model's configuration says of its head."""
     if not labels:
         return {"num_labels": 1, "problem_type": "regression"}
@@ -189,6 +187,17 @@ def _head(labels: Sequence[str]) -> dict[str, Any]:
         "label2id": {label: i for i, label in enumerate(labels)},
         "problem_type": "single_label_classification",
     }
+
+
+def trained_whole(model: Any, info: dict[str, Any]) -> list[str]:
+    """Names of the head, and of what the model's files have no weights for (`info`, of its loading)."""
+    parts = [(name, part) for name, part in model.named_children() if part is not model.base_model]
+    head = [name for name, part in parts if next(part.parameters(), None) is not None]
+    new = {
+        key if isinstance(key, str) else key[0] for kind in ("missing_keys", "mismatched_keys") for key in info[kind]
+    }
+    fresh = sorted({key.rpartition(".")[0] for key in new if key.partition(".")[0] not in head})
+    return [*head, *(name for name in fresh if name)]
 
 
 def _positions(model: nn.Module) -> int:
@@ -225,12 +234,11 @@ def logits(classifier: Classifier, rows: Sequence[Row], size: int = EVALUATION_B
     """float64 [rows, outputs of the head] on the CPU, in the order of `rows`. The model is in evaluation mode
     meanwhile."""
     model = classifier.model
-    texts = [row.texts for row in rows]
-    result = torch.empty(len(texts), model.config.num_labels, dtype=torch.float64)
+    result = torch.empty(len(rows), model.config.num_labels, dtype=torch.float64)
     training = model.training
     model.eval()
     try:
-        for part, batch in _batches(classifier.tokenizer, texts, classifier.max_length, size):
+        for part, batch in classifier.batches(rows, size):
             result[part] = model(**batch.to(model.device)).logits.cpu().double()
     finally:
         model.train(training)

@@ -45,7 +45,11 @@ def write_data(data: HubData, source: str | None, columns: Sequence[str], folder
             raise CliError(f"{where}: expected a column '{missing[0]}', got {rows.column_names}")
     for part, rows in loaded.items():
         records: Iterable[dict[str, Any]] = rows
-        records = map(_completed(data), rows) if data.completion else rows.select_columns(list(columns))
+        records = (
+            map(_completed(data), rows)
+            if data.completion
+            else _plain(rows.select_columns(list(columns)), folder / part)
+        )
         path = folder / f"{part}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +89,23 @@ def _load(data: HubData, source: str | None, split: str) -> Any:
     finally:
         if bars:
             datasets.enable_progress_bars()
+
+
+def _plain(rows: Any, folder: Path) -> Iterable[dict[str, Any]]:
+    """Rows, with the names of files in place of images, which are written to `folder` as they are encoded."""
+    import datasets
+
+    images = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(rows):
+        for name in images:
+            image, path = row[name], row[name]["path"]
+            file = folder / f"{number}{Path(path or '.png').suffix or '.png'}"
+            file.write_bytes(Path(path).read_bytes() if image["bytes"] is None else image["bytes"])
+            row[name] = str(file.absolute())
+        yield row
 
 
 def _part(splits: Any, base: str, part: str, source: str) -> Any:

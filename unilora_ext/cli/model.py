@@ -99,6 +99,10 @@ class TaskModel(ABC):
     def examples(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """Rows to train on: ``input_ids`` and ``labels`` (`IGNORED` where nothing is learnt), and more."""
 
+    def length(self, example: dict[str, Any]) -> int:
+        """Of an example: those of like length are trained together."""
+        return len(example["input_ids"])
+
     @abstractmethod
     def collator(self) -> Callable[[list[dict[str, Any]]], Any]:
         """Makes a batch of examples."""

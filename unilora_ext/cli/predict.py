@@ -63,7 +63,8 @@ def predict(arguments: Namespace) -> None:
     need("transformers")
     facts = read(arguments.adapter).metadata
     numbers = facts.get("task") == REGRESSION
-    check_task(arguments.adapter, facts, REGRESSION if numbers else CLASSIFICATION, "unilora generate")
+    task = facts["task"] if facts.get("task") in ENCODERS else CLASSIFICATION
+    check_task(arguments.adapter, facts, task, "unilora generate")
     if (arguments.text is None) == (arguments.data is None):
         got = "neither" if arguments.text is None else "both"
         raise CliError(f"--text, --data: expected one of them, got {got}")

@@ -18,6 +18,7 @@ __all__ = [
     "CLASSIFICATION",
     "ENCODERS",
     "ENCODING_HELP",
+    "IMAGES",
     "REGRESSION",
     "SEPARATOR_HELP",
     "Settings",
@@ -33,9 +34,15 @@ SEPARATOR_HELP = (
     "what separates the fields in .csv and .tsv files: a character, or tab (without it, a comma, and a tab in .tsv)"
 )
 CLASSIFICATION, REGRESSION, CAUSAL_LM = "sequence-classification", "sequence-regression", "causal-lm"
-ENCODERS = (CLASSIFICATION, REGRESSION)
-"""The tasks of an encoder with a head: rows of a text, or two, and a label."""
-FIGURES = {CLASSIFICATION: ("accuracy", "matthews"), REGRESSION: ("pearson",), CAUSAL_LM: ()}
+IMAGES = "image-classification"
+ENCODERS = (CLASSIFICATION, REGRESSION, IMAGES)
+"""The tasks of an encoder with a head: rows of a text, or two, or of an image, and a label."""
+FIGURES = {
+    CLASSIFICATION: ("accuracy", "matthews"),
+    REGRESSION: ("pearson",),
+    IMAGES: ("accuracy", "matthews"),
+    CAUSAL_LM: (),
+}
 """What ``--best`` takes for each task, beside the loss."""
 
 
@@ -86,16 +93,25 @@ class Settings:
         "a file",
         bool,
     )
-    task: str = _option(CLASSIFICATION, str, f"{CLASSIFICATION}, {REGRESSION} or {CAUSAL_LM}", **_one_of(*FIGURES))
+    task: str = _option(
+        CLASSIFICATION, str, f"{CLASSIFICATION}, {REGRESSION}, {IMAGES} or {CAUSAL_LM}", **_one_of(*FIGURES)
+    )
     recipe: str | None = _option(
         None, str, "a published experiment, whose settings are the defaults then: 'unilora recipes' lists them"
     )
     output: str = _option("unilora-run", str, "folder of the run", "a folder name", bool)
     validation: str | None = _option(None, str, "validation rows (without it, a part of --data)")
     test: str | None = _option(None, str, "test rows, scored once at the end with the best adapter")
-    text_column: str = _option("text", str, "name of the text column", "a name", bool)
+    text_column: str = _option(
+        "text", str, "name of the text column; to classify images, of their files' names", "a name", bool
+    )
     text_pair_column: str | None = _option(
-        None, str, "name of a second text's column, where a row is a pair of sentences", "a name", bool, ENCODERS
+        None,
+        str,
+        "name of a second text's column, where a row is a pair of sentences",
+        "a name",
+        bool,
+        (CLASSIFICATION, REGRESSION),
     )
     label_column: str = _option(
         "label", str, "name of the label column: classes, or numbers to regress on", "a name", bool, ENCODERS

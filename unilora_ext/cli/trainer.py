@@ -57,11 +57,12 @@ class AdapterTrainer(Trainer):
         self.figure = task.figure if settings.best == "loss" else settings.best
         self.adapter_metadata, self.adapter_folder, self.checkpoint_folder = metadata, adapter_folder, folder
         examples = task.examples(training)
+        self.lengths = [task.length(example) for example in examples]
         self.steps_an_epoch = -(-len(examples) // settings.batch_size)
         super().__init__(
             model=task.model,
             args=training_arguments(settings, folder, self.steps_an_epoch * settings.epochs),
-            train_dataset=[*examples, blank(examples)],
+            train_dataset=[*examples, blank(examples, self.lengths)],
             eval_dataset=list(validation),
             data_collator=task.collator(),
         )
@@ -101,16 +102,15 @@ class AdapterTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's share of each step."""
-        lengths = [len(example["input_ids"]) for example in self.train_dataset[:-1]]
         order = LengthSampler(
-            lengths,
+            self.lengths,
             self.settings.batch_size,
             self.settings.seed,
             lambda: self.state.global_step // self.steps_an_epoch,
         )
         return DataLoader(
             self.train_dataset,
-            batch_sampler=Shares(order, self.settings.gradient_accumulation, blank=len(lengths)),
+            batch_sampler=Shares(order, self.settings.gradient_accumulation, blank=len(self.lengths)),
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -146,7 +146,8 @@ class AdapterTrainer(Trainer):
     @staticmethod
     def _tokens(inputs: dict[str, Any]) -> int:
         mask = inputs.get("attention_mask")
-        return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        counted = inputs.get("input_ids", inputs["labels"])  # an image counts as one
+        return counted.numel() if mask is None else int(mask.sum())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores the validation rows as ``unilora evaluate`` does, each process a part of them."""
