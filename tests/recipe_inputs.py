@@ -58,3 +58,25 @@ def glue_split(columns, count, numbers):
     split[columns[0]] = [sentence(generator, WORDS[3 * label : 3 * label + 3]) for label in labels]
     split["label"] = [5 * label - generator.random() * label for label in labels] if numbers else labels
     return {**split, "idx": list(range(count))}
+
+
+def write_vit(folder):
+    """A vision transformer for images of 16 x 16 pixels, and its image processor."""
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        initializer_range=0.2,
+    )  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+def image_split(datasets, columns, count):
+    """Noise that is dark, grey or bright, by the label."""
+    from PIL import Image
+
+    labels = [i % 3 for i in range(count)]
+    pixels = [(torch.rand(20, 18, 3) * 80 + 80 * label).byte().numpy() for label in labels]
+    image, label = columns
+    rows = datasets.Dataset.from_dict({image: list(map(Image.fromarray, pixels)), label: labels})
+    return rows.cast_column(image, datasets.Image()).cast_column(label, datasets.ClassLabel(names=["c", "a", "b"]))

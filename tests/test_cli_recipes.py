@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import unilora_ext as ul
 from unilora_ext.cli import main
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.recipe import find, recipes
@@ -16,7 +17,7 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-from recipe_inputs import glue_split, write_decoder, write_roberta  # noqa: E402 (needs transformers)
+from recipe_inputs import glue_split, image_split, write_decoder, write_roberta, write_vit  # noqa: E402 (needs transformers)
 
 # The published tables, written down a second time.
 GLUE = {  # columns; (head's rate, epochs) of base and large
@@ -41,9 +42,17 @@ CAUSAL = {
     "alpaca-llama2-13b": ("Llama", ALPACA | {"model": "meta-llama/Llama-2-13b-hf", "d": 1048576}),
 }
 
+VIT_COMMON = {"task": "image-classification", "model": "google/vit-base-patch16-224-in21k", "r": 4, "d": 72000}
+VIT_COMMON |= {"target_modules": None, "epochs": 20, "batch_size": 512, "gradient_accumulation": 4}
+VIT_COMMON |= {"weight_decay": 0.01, "best": "accuracy"}
+VIT = {name: (1e-2, 5e-2) for name in ("cifar10", "cars", "eurosat", "dtd", "resisc45", "fgvc")}  # theta's, head's rate
+VIT |= {"cifar100": (1e-2, 1e-2), "pets": (5e-3, 5e-3)}
+
 
 def published(name):
     """What the recipe's settings must be."""
+    if name.startswith("vit-"):
+        return VIT_COMMON | dict(zip(("lr_theta", "lr_head"), VIT[name.removeprefix("vit-")], strict=True))
     if name in CAUSAL:
         return CAUSAL[name][1]
     _, task, size = name.split("-")
@@ -108,7 +117,10 @@ def test_settings_are_the_published_ones(name):
 
 
 def test_every_published_experiment_has_a_recipe():
-    assert set(recipes()) == {f"glue-{task}-{size}" for task in GLUE for size in ("base", "large")} | set(CAUSAL)
+    assert set(recipes()) == {f"glue-{task}-{size}" for task in GLUE for size in ("base", "large")} | {
+        *CAUSAL,
+        *(f"vit-{name}" for name in VIT),
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("glue")])
@@ -158,6 +170,49 @@ def test_causal(folder, name, capsys):
     assert "warning" not in evaluated.err
     if CAUSAL[name][1]["quantization"] == "none":
         assert repr(results["validation"]["loss"]) in evaluated.out
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("vit")])
+def test_vit(folder, name, capsys):
+    pytest.importorskip("PIL")
+    settings, output = find(name).settings, folder / name
+    columns = settings["text_column"], settings["label_column"]
+    rows = {split: image_split(datasets, columns, count) for split, count in (("train", 60), ("test", 15))}
+    datasets.DatasetDict(rows).save_to_disk(folder / f"{name}-rows")
+    model = write_vit(folder / "vit")
+    command = f"finetune --recipe {name} --model {model} --data {folder}/{name}-rows --output {output} --d 64"
+    assert main([*command.split(), "--epochs", "2", "--batch-size", "8", "--device", "cpu"]) == 0
+    results = check_run(name, output, {"model", "d", "epochs", "batch_size"})
+    assert results["rows"] == {"training": 60, "validation": 15, "test": 0} and results["labels"] == ["0", "1", "2"]
+    adapted = {module.rpartition(".")[2] for module, *_ in ul.read(output / "adapter").modules}
+    assert adapted in ({"query", "value"}, {"q_proj", "v_proj"})
+    capsys.readouterr()
+    assert main(f"evaluate --adapter {output}/adapter --data {output}/validation.csv".split()) == 0
+    assert repr(results["validation"]["loss"]) in capsys.readouterr().out
+
+
+def test_images_are_told_apart(folder, capsys):
+    """Its answers are those of Transformers' own forward pass of the merged model."""
+    Image = pytest.importorskip("PIL.Image")
+    rows = {split: image_split(datasets, ("img", "label"), count) for split, count in (("train", 90), ("test", 30))}
+    datasets.DatasetDict(rows).save_to_disk(folder / "images")
+    model, output = write_vit(folder / "vit"), folder / "bright"
+    command = f"finetune --recipe vit-cifar10 --model {model} --data {folder}/images --output {output} --d 64 "
+    command += "--epochs 12 --batch-size 8 --lr-theta 0.02 --lr-head 0.01 --device cpu"
+    assert main(command.split()) == 0
+    assert json.loads((output / "report/metrics.json").read_text())["results"]["validation"]["accuracy"] > 0.8
+    assert main(["merge", f"{output}/adapter", "--output", f"{folder}/merged"]) == 0
+    merged = transformers.AutoModelForImageClassification.from_pretrained(folder / "merged").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder / "merged")
+    files = sorted((folder / "bright-data/validation").iterdir())
+    with torch.no_grad():
+        said = [merged(**processor(Image.open(file), return_tensors="pt")).logits.argmax().item() for file in files]
+    capsys.readouterr()
+    command = ["predict", "--adapter", f"{output}/adapter"]
+    assert main([*command, *(word for file in files for word in ("--text", str(file)))]) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == list(map(str, said))
+    assert main([*command, "--text", str(folder / "none.png")]) == 2
+    assert "expected an image file, got" in capsys.readouterr().err
 
 
 def test_an_nf4_base_is_in_four_bits(folder):
