@@ -44,12 +44,10 @@ def write_data(data: HubData, source: str | None, columns: Sequence[str], folder
         if missing:
             raise CliError(f"{where}: expected a column '{missing[0]}', got {rows.column_names}")
     for part, rows in loaded.items():
-        records: Iterable[dict[str, Any]] = rows
-        records = (
-            map(_completed(data), rows)
-            if data.completion
-            else _plain(rows.select_columns(list(columns)), folder / part)
-        )
+        if data.completion:
+            records: Iterable[dict[str, Any]] = map(_completed(data), rows)
+        else:
+            records = _plain(rows.select_columns(list(columns)), folder / part)
         path = folder / f"{part}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +61,7 @@ def write_data(data: HubData, source: str | None, columns: Sequence[str], folder
 def _load(data: HubData, source: str | None, split: str) -> Any:
     import datasets
 
-    name, config, options = data.hub, data.config, {}
+    name, config = data.hub, data.config
     if source is not None:
         name = source
         if os.path.isfile(os.path.join(source, "dataset_dict.json")):
@@ -76,7 +74,7 @@ def _load(data: HubData, source: str | None, split: str) -> Any:
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, config, split=split, **options)
+        return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of every kind: no network, no such name, a file that cannot be read
         what = data.hub + (f" ({data.config})" if data.config else "")
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
