@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import unilora_ext as ul
+from unilora_ext.cli import growth
 from unilora_ext.cli.base import base_digest, base_sha256
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.settings import Settings
@@ -150,7 +151,7 @@ def attach(model: nn.Module, settings: Settings, targets: Sequence[str] | str, w
     targets = "all-linear" if list(targets) == ["all-linear"] else targets
     chosen = ul.UniLoRAConfig(
         r=settings.r,
-        d=settings.d,
+        d=None if settings.d == growth.AUTO else settings.d,
         target_modules=targets,
         projection=settings.projection,
         seed=settings.seed,
@@ -159,7 +160,7 @@ def attach(model: nn.Module, settings: Settings, targets: Sequence[str] | str, w
         modules_to_save=whole,
         projection_options=settings.options,
     )
-    return ul.attach(model, chosen)
+    return ul.attach(model, growth.shortened(model, chosen) if settings.d == growth.AUTO else chosen)
 
 
 def learning_rates(settings: Settings, adapter: ul.Adapter) -> dict[str, float]:

@@ -19,6 +19,7 @@ _METAVARS = {
     "output": "FOLDER",
     "separator": "CHAR",
     "projection_option": "NAME=VALUE",
+    "d": "N|auto",
 }
 _ADAPTER = "adapter/ in the folder of a run: the adapter that 'unilora finetune' wrote"
 _QUICK_START = """\
@@ -217,7 +218,7 @@ def _add_settings(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
             nargs="+" if spec.name in ("target_modules", "projection_option") else None,
             action=_Tuple if spec.name in ("target_modules", "projection_option") else "store",
             default=argparse.SUPPRESS,
-            metavar=_METAVARS.get(spec.name, {int: "N", float: "X", str: "NAME"}[kind]),
+            metavar=_METAVARS.get(spec.name) or {int: "N", float: "X", str: "NAME"}[kind],
             help=text.replace("%", "%%"),
         )
     return parser

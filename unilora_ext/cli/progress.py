@@ -131,5 +131,11 @@ class Progress(ProgressCallback):
         )
         self.training_bar.refresh()
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.training_bar.clear()
+        print(text, flush=True)
+        self.training_bar.refresh()
+
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: :meth:`on_evaluate` prints the epoch's line."""

@@ -48,7 +48,7 @@ FIGURES = {
 
 def _option(
     default: Any,
-    kind: type,
+    kind: Callable[[str], Any],
     text: str,
     expected: str = "",
     good: Callable[[Any], bool] = lambda _: True,
@@ -73,6 +73,13 @@ _RATE = {"expected": "a number in (0, 1e30]", "good": lambda v: 0 < v <= 1e30}
 _COUNT = {"expected": "an integer >= 1", "good": lambda v: v >= 1}
 _NOT_NEGATIVE = {"expected": "a number >= 0", "good": lambda v: 0 <= v < float("inf")}
 _FRACTION = {"expected": "a number in [0, 1)", "good": lambda v: 0 <= v < 1}
+
+
+def _length(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_length.__name__ = "length"  # in argparse's messages
 
 
 def _are_options(values: tuple[str, ...]) -> bool:
@@ -162,11 +169,13 @@ class Settings:
         "linear", str, "decay after the warm-up: linear, cosine or constant", **_one_of("linear", "cosine", "constant")
     )
     r: int = _option(4, int, "rank of every LoRA matrix pair", **_COUNT)
-    d: int | None = _option(
+    d: int | str | None = _option(
         None,
-        int,
-        "length of theta_d, the trained vector (without it, the paper's ratio: about an 18th of the LoRA values)",
-        **_COUNT,
+        _length,
+        "length of theta_d, the trained vector (without it, the paper's ratio: about an 18th of the LoRA values); auto "
+        "begins with up to 64 times less, and grows fourfold after an epoch that did not improve on the best",
+        "an integer >= 1, or auto",
+        lambda v: v == "auto" or (isinstance(v, int) and v >= 1),
     )
     target_modules: tuple[str, ...] | None = _option(
         None,

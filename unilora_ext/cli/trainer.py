@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+import unilora_ext as ul
 from unilora_ext.attachment import exchanged_tensors
 from unilora_ext.checkpoint import read
-from unilora_ext.cli import checkpoints, distributed
+from unilora_ext.cli import checkpoints, distributed, growth
 from unilora_ext.cli.encoding import IGNORED
 from unilora_ext.cli.errors import RunError
 from unilora_ext.cli.model import TaskModel, device_of, first_line, learning_rates
@@ -160,15 +162,26 @@ class AdapterTrainer(Trainer):
             f"eval_{self.figure}": getattr(result, self.figure),
             "eval_loss": result.loss,
             "train_loss": loss_sum / loss_rows,
+            **({"eval_d": self.task.adapter.config.d} if self.settings.d == growth.AUTO else {}),
         }
         self.loss_sum, self.loss_rows = 0.0, 0
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.settings.d == growth.AUTO:
+            self._grow_if_stalled(metrics[f"eval_{self.settings.best}"])
         return metrics
+
+    def _grow_if_stalled(self, value: float) -> None:
+        best, more = self.state.best_metric, self.state.global_step < self.state.max_steps
+        if best is None or not more or (value > best if self.args.greater_is_better else value < best):
+            return
+        grown = growth.grow(self.task.adapter, self.optimizer.optimizer, self.lr_scheduler)
+        if grown is not None:
+            self.progress.note(f"validation {self.settings.best} has not improved: {grown}")
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
-        """Losses and figure of each finished epoch; restored by a resume."""
+        """Losses, figure and, where it grows, d of each finished epoch; restored by a resume."""
         figure = self.figure
         return [
             {
@@ -177,6 +190,7 @@ class AdapterTrainer(Trainer):
                 "train_loss": entry["train_loss"],
                 "validation_loss": entry["eval_loss"],
                 f"validation_{figure}": entry[f"eval_{figure}"],
+                **({"d": entry["eval_d"]} if "eval_d" in entry else {}),
             }
             for entry in self.state.log_history
             if "eval_loss" in entry
@@ -224,8 +238,13 @@ class AdapterTrainer(Trainer):
         self.publish()
 
     def _restore(self, checkpoint: Path) -> None:
-        """Reads what is trained from a checkpoint into the model."""
+        """Reads what is trained from a checkpoint into the model, with the d that it had there."""
         file, adapter = read(checkpoint / "adapter"), self.task.adapter
+        if file.theta_d.numel() > adapter.config.d:
+            adapter.grow(file.theta_d.numel())
+        elif file.theta_d.numel() < adapter.config.d:  # the best one, after the training
+            adapter = ul.load(adapter.detach(), checkpoint / "adapter")
+            self.task = replace(self.task, adapter=adapter)
         with torch.no_grad():
             for name, tensor in {"theta_d": file.theta_d, **adapter.projection.restored(file.parts)}.items():
                 adapter.trained[name].copy_(tensor)

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import unilora_ext as ul
-from unilora_ext.cli import advice, checkpoints, distributed, report, sizes
+from unilora_ext.cli import advice, checkpoints, distributed, growth, report, sizes
 from unilora_ext.cli.base import check_known
 from unilora_ext.cli.data import RunData, label_entropy, label_variance
 from unilora_ext.cli.errors import CliError
@@ -38,6 +38,8 @@ def prepare(settings: Settings, rows: RunData) -> tuple[TaskModel, RunData]:
             f"--batch-size: expected a multiple of {parts}, processes x --gradient-accumulation, got "
             f"{settings.batch_size}"
         )
+    if settings.d == growth.AUTO and distributed.world_size() > 1:
+        raise CliError(f"--d auto: expected one process, got {distributed.world_size()}; give --d a number")
     transformers.set_seed(settings.seed)
     task = TASKS[settings.task].new(settings, rows.labels)
     if settings.gradient_checkpointing and not getattr(task.model, "supports_gradient_checkpointing", False):
@@ -139,9 +141,10 @@ def _asdicts(scores: dict[str, Score | None]) -> dict[str, dict[str, Any] | None
 def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) -> None:
     adapter = task.adapter
     head = sum(t.numel() for t in adapter.modules_to_save().values())
-    names = adapter.config.target_modules
+    names, P = adapter.config.target_modules, adapter.projection
     own = {name: t.numel() for name, t in adapter.trained.items() if name != "theta_d"}
     parts = "".join(f" and {name} ({count:,})" for name, count in own.items())
+    grows = f" that may grow to {growth.last_d(adapter):,}" if settings.d == growth.AUTO else ""
     whole = f"; trained whole: {', '.join(adapter.config.modules_to_save)} ({head:,})" if head else ""
     rates = [f"{rate:.4g} ({name})" for name, rate in learning_rates(settings, adapter).items()]
     rates += [f"{settings.lr_head:g} (head)"] * bool(head)
@@ -155,7 +158,7 @@ def _print_plan(settings: Settings, task: TaskModel, rows: RunData, steps: int) 
         print(f"labels    {', '.join(rows.labels[:8])}{', ...' if len(rows.labels) > 8 else ''}")
     print(
         f"adapter   {names if isinstance(names, str) else ', '.join(names)} in {len(adapter.layers)} modules, "
-        f"r = {adapter.config.r}: D = {adapter.projection.D:,} values from d = {adapter.config.d:,}{parts}{whole}\n"
+        f"r = {adapter.config.r}: D = {P.D:,} values from d = {P.d:,}{grows}{parts}{whole}\n"
         f"training  {settings.epochs} epochs of {steps} steps of {settings.batch_size} rows, learning rate"
         f"{'s' if len(rates) > 1 else ''} {' and '.join(rates)}, seed {settings.seed}, on {device_of(settings.device)}",
         flush=True,
