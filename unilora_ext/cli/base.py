@@ -25,6 +25,7 @@ __all__ = [
     "check_tokenizer",
     "check_tokens",
     "embedding_rows",
+    "or_a_copy",
 ]
 
 
@@ -35,6 +36,11 @@ def check_base(base: str) -> None:
             raise CliError(f"--model {base}: expected a model folder with config.json, found none in it")
     elif Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
         raise CliError(f"--model {base}: expected a model folder or a hub name, got a path that is no folder")
+
+
+def or_a_copy(base: str) -> str:
+    """What to add to the error of a hub name that could not be loaded."""
+    return "" if os.path.exists(base) else "; where the hub cannot be reached, give a copy of it: --model FOLDER"
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The classifier: a Transformers encoder with a head."""
+"""The classifier: a Transformers encoder with a head; :mod:`~unilora_ext.cli.regressor` is the same for numbers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithPadding
 
-from unilora_ext.cli.base import check_base, check_tokenizer, check_tokens
+from unilora_ext.cli.base import check_base, check_tokenizer, check_tokens, or_a_copy
 from unilora_ext.cli.data import Row
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.model import Score, TaskModel, attach, first_line, quiet_bars
 from unilora_ext.cli.packages import model_path
 from unilora_ext.cli.settings import CLASSIFICATION, Settings
 
-__all__ = ["Classifier", "default_targets", "logits", "mean_pooled", "plain_model"]
+__all__ = ["Classifier", "default_targets", "head_options", "logits", "mean_pooled", "plain_model", "trained_whole"]
 
 EVALUATION_BATCH = 32
 DEFAULT_MAX_LENGTH = 128
@@ -39,18 +39,23 @@ _QUERY_VALUE = (
 
 @dataclass(frozen=True)
 class Accuracy(Score):
-    """Accuracy and mean cross-entropy on some rows."""
+    """Accuracy, the Matthews correlation and mean cross-entropy on some rows."""
 
     accuracy: float
     correct: int
+    matthews: float
 
     def lines(self) -> list[str]:
-        return [f"accuracy {self.accuracy!r} ({self.correct} of {self.rows})", f"loss     {self.loss!r}"]
+        return [
+            f"accuracy {self.accuracy!r} ({self.correct} of {self.rows})",
+            f"matthews {self.matthews!r}",
+            f"loss     {self.loss!r}",
+        ]
 
 
 @dataclass(frozen=True)
 class Classifier(TaskModel):
-    """An encoder that gives each text one of `labels`, the names of the classes by their number."""
+    """An encoder that gives each text, or pair of texts, one of `labels`, the names of the classes by their number."""
 
     labels: tuple[str, ...]
 
@@ -76,23 +81,36 @@ class Classifier(TaskModel):
             "labels": list(self.labels),
             "batch_size": EVALUATION_BATCH,
             "label_column": settings.label_column,
+            "text_pair_column": settings.text_pair_column,
         }
 
     def ready(self, rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
-        ids = self.tokenizer([row.text for row in rows], truncation=True, max_length=self.max_length)["input_ids"]
+        ids = self._encoded(rows)["input_ids"]
         check_tokens(self.model, zip((row.where for row in rows), ids, strict=True))
         return list(rows), {}
 
     def examples(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        number = {label: i for i, label in enumerate(self.labels)}
-        encoded = self.tokenizer([row.text for row in rows], truncation=True, max_length=self.max_length)
+        encoded, targets = self._encoded(rows), self.targets(rows)
         return [
-            {**{key: values[i] for key, values in encoded.items()}, "labels": number[row.label]}
-            for i, row in enumerate(rows)
+            {**{key: values[i] for key, values in encoded.items()}, "labels": target}
+            for i, target in enumerate(targets)
         ]
+
+    def _encoded(self, rows: Sequence[Row]) -> Any:
+        columns = map(list, zip(*(row.texts for row in rows), strict=True))
+        return self.tokenizer(*columns, truncation=True, max_length=self.max_length)
+
+    def targets(self, rows: Sequence[Row]) -> list[Any]:
+        """What the head is to say of each row."""
+        number = {label: i for i, label in enumerate(self.labels)}
+        return [number[row.label] for row in rows]
 
     def collator(self) -> Callable[[list[dict[str, Any]]], Any]:
         return DataCollatorWithPadding(self.tokenizer)
+
+    def batches(self, rows: Sequence[Row], size: int) -> Iterator[tuple[list[int], Any]]:
+        """(positions, what the model takes): the same for the same rows."""
+        return _batches(self.tokenizer, [row.texts for row in rows], self.max_length, size)
 
     def loss_sum(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         labels = inputs["labels"]
@@ -100,20 +118,29 @@ class Classifier(TaskModel):
         return cross_entropy(scores.float(), labels, reduction="sum")
 
     def sums(self, rows: Sequence[Row]) -> list[float]:
-        """[cross-entropy, correct, rows]"""
-        number = {label: i for i, label in enumerate(self.labels)}
-        expected = torch.tensor([number[row.label] for row in rows], dtype=torch.int64)
-        values = logits(self, [row.text for row in rows])
-        correct = int((values.argmax(-1) == expected).sum())
-        return [cross_entropy(values, expected, reduction="sum").item(), correct, len(rows)]
+        """[cross-entropy, the confusion matrix: rows of each label by the label they were given]"""
+        expected, count = torch.tensor(self.targets(rows), dtype=torch.int64), len(self.labels)
+        values = logits(self, rows)
+        confusion = torch.bincount(expected * count + values.argmax(-1), minlength=count**2)
+        return [cross_entropy(values, expected, reduction="sum").item(), *confusion.tolist()]
 
     def score_of(self, sums: Sequence[float]) -> Accuracy:
-        loss, correct, rows = sums
-        return Accuracy(loss / rows, int(rows), correct / rows, int(correct))
+        loss, *counts = sums
+        confusion = torch.tensor(counts, dtype=torch.float64).view(len(self.labels), -1)
+        rows, correct = int(confusion.sum()), int(confusion.trace())
+        return Accuracy(loss / rows, rows, correct / rows, correct, _matthews(confusion))
+
+
+def _matthews(confusion: Tensor) -> float:
+    """The correlation of labels and answers, for any number of labels; 0 where either is always the same."""
+    rows, given, expected = confusion.sum(), confusion.sum(0), confusion.sum(1)
+    scale = ((rows**2 - given @ given) * (rows**2 - expected @ expected)).sqrt()
+    return ((rows * confusion.trace() - given @ expected) / scale).item() if scale > 0 else 0.0
 
 
 def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tuple[Any, Any, list[str], int]:
-    """(model, tokenizer, modules to train whole, max_length) of a base model with a head for `labels`.
+    """(model, tokenizer, modules to train whole, max_length) of a base model with a head for `labels`, or where
+    there are none for a number.
 
     Trained whole are the head (all outside ``base_model``) and whatever the base model's files have no weights for:
     those start at random, and only saving them makes the adapter complete.
@@ -128,10 +155,7 @@ def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tup
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 path,
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={label: i for i, label in enumerate(labels)},
-                problem_type="single_label_classification",
+                **head_options(labels),
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -139,7 +163,7 @@ def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tup
         except Exception as error:  # Transformers and safetensors raise of every kind for files that do not fit
             raise CliError(
                 f"--model {base}: expected a Transformers encoder for sequence classification with its tokenizer; "
-                f"loading it failed: {first_line(error)}"
+                f"loading it failed: {first_line(error)}{or_a_copy(path)}"
             ) from error
     check_tokenizer(base, tokenizer)
     if tokenizer.pad_token is None:
@@ -150,13 +174,30 @@ def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tup
         max_length = min(DEFAULT_MAX_LENGTH, limit)
     elif max_length > limit:
         raise CliError(f"--max-length: expected at most {limit}, the longest input of {base}; got {max_length}")
+    return model, tokenizer, trained_whole(model, info), max_length
+
+
+def head_options(labels: Sequence[str]) -> dict[str, Any]:
+    """What the model's configuration says of its head."""
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def trained_whole(model: Any, info: dict[str, Any]) -> list[str]:
+    """Names of the head, and of what the model's files have no weights for (`info`, of its loading)."""
     parts = [(name, part) for name, part in model.named_children() if part is not model.base_model]
     head = [name for name, part in parts if next(part.parameters(), None) is not None]
     new = {
         key if isinstance(key, str) else key[0] for kind in ("missing_keys", "mismatched_keys") for key in info[kind]
     }
     fresh = sorted({key.rpartition(".")[0] for key in new if key.partition(".")[0] not in head})
-    return model, tokenizer, [*head, *(name for name in fresh if name)], max_length
+    return [*head, *(name for name in fresh if name)]
 
 
 def _positions(model: nn.Module) -> int:
@@ -176,9 +217,11 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
 # One way for training, evaluation and prediction, so that their numbers are equal.
 
 
-def _batches(tokenizer: Any, texts: Sequence[str], max_length: int, size: int) -> Iterator[tuple[list[int], Any]]:
+def _batches(
+    tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int, size: int
+) -> Iterator[tuple[list[int], Any]]:
     """(positions, padded batch): in order of length, so that little is padding; the same for the same texts."""
-    encoded = [tokenizer(text, truncation=True, max_length=max_length) for text in texts]
+    encoded = [tokenizer(*parts, truncation=True, max_length=max_length) for parts in texts]
     order = sorted(range(len(texts)), key=lambda i: (len(encoded[i]["input_ids"]), i))
     pad = DataCollatorWithPadding(tokenizer)
     for start in range(0, len(order), size):
@@ -187,14 +230,15 @@ def _batches(tokenizer: Any, texts: Sequence[str], max_length: int, size: int) -
 
 
 @torch.no_grad()
-def logits(classifier: Classifier, texts: Sequence[str], size: int = EVALUATION_BATCH) -> Tensor:
-    """float64 [rows, labels] on the CPU, in the order of `texts`. The model is in evaluation mode meanwhile."""
+def logits(classifier: Classifier, rows: Sequence[Row], size: int = EVALUATION_BATCH) -> Tensor:
+    """float64 [rows, outputs of the head] on the CPU, in the order of `rows`. The model is in evaluation mode
+    meanwhile."""
     model = classifier.model
-    result = torch.empty(len(texts), len(classifier.labels), dtype=torch.float64)
+    result = torch.empty(len(rows), model.config.num_labels, dtype=torch.float64)
     training = model.training
     model.eval()
     try:
-        for part, batch in _batches(classifier.tokenizer, texts, classifier.max_length, size):
+        for part, batch in classifier.batches(rows, size):
             result[part] = model(**batch.to(model.device)).logits.cpu().double()
     finally:
         model.train(training)
@@ -205,7 +249,7 @@ def logits(classifier: Classifier, texts: Sequence[str], size: int = EVALUATION_
 def mean_pooled(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> Tensor:
     """[rows, hidden]: the mean of an encoder's last hidden states over each text's tokens."""
     result = torch.empty(len(texts), encoder.config.hidden_size)
-    for part, batch in _batches(tokenizer, texts, max_length, EVALUATION_BATCH):
+    for part, batch in _batches(tokenizer, [(text,) for text in texts], max_length, EVALUATION_BATCH):
         batch = batch.to(encoder.device)
         mask = batch["attention_mask"].unsqueeze(-1)
         hidden = encoder(**batch).last_hidden_state

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from unilora_ext.cli.base import check_base, check_tokenizer, check_tokens, embedding_rows
+from unilora_ext.cli.base import check_base, check_tokenizer, check_tokens, embedding_rows, or_a_copy
 from unilora_ext.cli.conversations import Record
 from unilora_ext.cli.encoding import IGNORED, encode, pad
 from unilora_ext.cli.errors import CliError, need
@@ -54,16 +54,20 @@ class Decoder(TaskModel):
 
     @classmethod
     def new(cls, settings: Settings, labels: Sequence[str] = ()) -> Decoder:
-        model, tokenizer, max_length = load_base(settings.model, settings.max_length, settings.dtype)
+        model, tokenizer, max_length = load_base(
+            settings.model, settings.max_length, settings.dtype, settings.quantization
+        )
         return cls(model, tokenizer, max_length, attach(model, settings, "all-linear", ()))
 
     @classmethod
     def restored(cls, base: str, facts: dict[str, Any]) -> dict[str, Any]:
-        model, tokenizer, max_length = load_base(base, facts["max_length"], facts["dtype"])
+        model, tokenizer, max_length = load_base(
+            base, facts["max_length"], facts["dtype"], facts.get("quantization", "none")
+        )
         return {"model": model, "tokenizer": tokenizer, "max_length": max_length}
 
     def metadata(self, settings: Settings) -> dict[str, Any]:
-        return {**super().metadata(settings), "dtype": settings.dtype}
+        return {**super().metadata(settings), "dtype": settings.dtype, "quantization": settings.quantization}
 
     @property
     def pad_id(self) -> int:
@@ -155,7 +159,7 @@ def _by_length(rows: Sequence[dict[str, list[int]]]) -> list[list[dict[str, list
     return batches
 
 
-def load_base(base: str, max_length: int | None, dtype: str) -> tuple[Any, Any, int]:
+def load_base(base: str, max_length: int | None, dtype: str, quantization: str = "none") -> tuple[Any, Any, int]:
     """(model, tokenizer, max_length) of a base model.
 
     Args:
@@ -163,6 +167,7 @@ def load_base(base: str, max_length: int | None, dtype: str) -> tuple[Any, Any, 
             :data:`~unilora_ext.cli.packages.MODELS`.
         max_length: tokens kept of a row; None: 512 or what the model takes.
         dtype: of the weights: ``float32`` or ``bfloat16``.
+        quantization: of the linear layers: ``none`` or ``nf4``.
 
     Raises:
         CliError: the model cannot be loaded, lacks weights or is no causal one; the message says why.
@@ -175,10 +180,21 @@ def load_base(base: str, max_length: int | None, dtype: str) -> tuple[Any, Any, 
         path, options["gguf_file"] = os.path.split(os.path.abspath(path))
     else:
         check_base(path)
+    if quantization != "none":
+        need("bitsandbytes")
+        if "gguf_file" in options:
+            raise CliError("--quantization: expected none with a .gguf file, whose weights are unpacked; got nf4")
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
     with quiet_bars():
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            if options and hasattr(transformers, "GgufConfig"):  # before it, a GGUF file was always unpacked
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, gguf_file=options.get("gguf_file"))
+            # Before GgufConfig, a GGUF file was always unpacked.
+            if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, dtype), output_loading_info=True, **options
@@ -186,7 +202,7 @@ def load_base(base: str, max_length: int | None, dtype: str) -> tuple[Any, Any, 
         except Exception as error:  # Transformers and safetensors raise of every kind for files that do not fit
             raise CliError(
                 f"--model {base}: expected a Transformers causal language model with its tokenizer; "
-                f"loading it failed: {first_line(error)}"
+                f"loading it failed: {first_line(error)}{or_a_copy(path)}"
             ) from error
     check_tokenizer(base, tokenizer)
     missing = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
@@ -198,7 +214,8 @@ def load_base(base: str, max_length: int | None, dtype: str) -> tuple[Any, Any, 
     if "gguf_file" in options:
         _forget_blocks(model)
         model.config._name_or_path = base
-    if not _is_causal(model):
+    # A CPU packs four-bit weights anew in the first pass, and the digests would be those of that.
+    if quantization == "none" and not _is_causal(model):
         raise CliError(
             f"--model {base}: expected a causal language model, got a {type(model).__name__} in which a token sees "
             "those after it"

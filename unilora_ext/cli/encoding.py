@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from unilora_ext.cli.conversations import Record
+from unilora_ext.cli.data import IGNORED
 from unilora_ext.cli.errors import CliError
 
 __all__ = ["IGNORED", "Encoded", "encode", "pad", "prompt_ids"]
-
-IGNORED = -100
-"""The label of a token that is read and not learnt."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ _EXTRAS = {
     "matplotlib": "train",
     "sklearn": "demo",
     "gguf": "gguf",
+    "bitsandbytes": "recipes",
+    "datasets": "recipes",
+    "PIL": "recipes",
 }
 
 
@@ -44,7 +47,7 @@ def need(*modules: str) -> None:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        extra = max((_EXTRAS[name] for name in missing), key=("train", "gguf", "demo").index)
+        extra = max((_EXTRAS[name] for name in missing), key=("train", "recipes", "gguf", "demo").index)
         raise CliError(
             f"expected the Python package{'s' * (len(missing) > 1)} {', '.join(missing)}, got no such package; "
             f'install with: pip install "unilora-ext[{extra}]"'

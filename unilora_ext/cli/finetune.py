@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from unilora_ext.cli.conversations import read_conversations, split_conversation
 from unilora_ext.cli.data import RunData, label_names, read_rows, split_rows, write_rows
 from unilora_ext.cli.errors import CliError, RunError, need
 from unilora_ext.cli.files import sha256
-from unilora_ext.cli.settings import CAUSAL_LM, Settings, option_name, read_run, run_record
+from unilora_ext.cli.hub import write_data
+from unilora_ext.cli.recipe import HubData, find
+from unilora_ext.cli.settings import CAUSAL_LM, REGRESSION, Settings, option_name, read_run, run_record
 from unilora_ext.files import replace_file
 
 __all__ = ["command", "nothing_left", "run"]
@@ -40,13 +43,36 @@ def command(arguments: Namespace) -> None:
                 raise CliError(f"--resume {resume}: expected no other setting, the run keeps its own; got {names}")
             settings, facts = read_run(Path(resume))
         else:
+            recipe = find(given["recipe"]) if "recipe" in given else None
+            if recipe is not None:
+                given = {**recipe.settings, "data": recipe.data.hub, **given}
             for name, what in (("model", "a model folder or hub name"), ("data", "a file")):
                 if name not in given:
                     raise CliError(
                         f"{option_name(name)}: expected {what}, got nothing (to go on with a run: --resume FOLDER)"
                     )
             settings, facts = Settings(**given), None
+    if resume is None and recipe is not None and not Path(settings.data).is_file():
+        settings = _with_data(settings, recipe.data, overwrite)
     run(settings, facts, overwrite)
+
+
+def _with_data(settings: Settings, data: HubData, overwrite: bool) -> Settings:
+    """With the files of a recipe's data set, beside the run's folder: a run that is resumed must find them again."""
+    paths: dict[str, str] = {}
+    with distributed.together():
+        if distributed.is_first():
+            check_output(Path(settings.output), overwrite, [])
+            source = None if settings.data == data.hub and not Path(data.hub).is_dir() else settings.data
+            if source is not None and not Path(source).is_dir():
+                raise CliError(
+                    f"--data {source}: expected a file of rows, or a folder with a copy of {data.hub}, got neither"
+                )
+            columns = [settings.text_column, settings.text_pair_column, settings.label_column]
+            paths = write_data(data, source, [*filter(None, columns)], Path(f"{settings.output}-data"))
+    paths = distributed.from_first(paths)
+    given = {name: getattr(settings, name) for name in ("validation", "test")}
+    return replace(settings, **{**paths, **{name: path for name, path in given.items() if path is not None}})
 
 
 def _device_of_run(output: Path) -> str:
@@ -152,7 +178,8 @@ def _begin(settings: Settings, facts: dict[str, Any], rows: RunData, output: Pat
     if settings.task == CAUSAL_LM:
         write_conversations(path, rows.validation, settings.text_column)
     else:
-        write_rows(path, rows.validation, settings.text_column, settings.label_column)
+        columns = (settings.text_column, settings.label_column, settings.text_pair_column)
+        write_rows(path, rows.validation, *columns)
     for path in checkpoints.remove_incomplete(output / "checkpoints"):
         print(f"removed {path}: its saving was interrupted")
 
@@ -162,14 +189,15 @@ def read_data(settings: Settings) -> RunData:
     if settings.task == CAUSAL_LM:
         return _read_conversations(settings)
     columns = (settings.text_column, settings.label_column)
-    form = settings.form
-    training = read_rows(settings.data, *columns, form=form)
-    labels = label_names(training, f"{settings.data}, column '{settings.label_column}'")
+    options = {"form": settings.form, "pair_column": settings.text_pair_column}
+    options["numbers"] = numbers = settings.task == REGRESSION
+    training = read_rows(settings.data, *columns, **options)
+    labels = [] if numbers else label_names(training, f"{settings.data}, column '{settings.label_column}'")
     if settings.validation is not None:
-        validation = read_rows(settings.validation, *columns, labels, form)
+        validation = read_rows(settings.validation, *columns, labels, **options)
     else:
-        training, validation = split_rows(training, settings.validation_fraction, settings.seed)
-    test = read_rows(settings.test, *columns, labels, form) if settings.test is not None else []
+        training, validation = split_rows(training, settings.validation_fraction, settings.seed, by_label=not numbers)
+    test = read_rows(settings.test, *columns, labels, **options) if settings.test is not None else []
     return RunData(labels, training, validation, test)
 
 

@@ -52,7 +52,7 @@ class TaskModel(ABC):
         adapter: of `model`.
         task: name of the task.
         auto_class: of Transformers, that loads such a model.
-        figure: name of the figure that is reported beside the loss.
+        figure: name of the figure that is reported beside the loss, unless ``--best`` names another.
         speed_unit: what the progress bar counts: ``samples`` or ``tokens``.
     """
 
@@ -99,6 +99,10 @@ class TaskModel(ABC):
     @abstractmethod
     def examples(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """Rows to train on: ``input_ids`` and ``labels`` (`IGNORED` where nothing is learnt), and more."""
+
+    def length(self, example: dict[str, Any]) -> int:
+        """Of an example: those of like length are trained together."""
+        return len(example["input_ids"])
 
     @abstractmethod
     def collator(self) -> Callable[[list[dict[str, Any]]], Any]:

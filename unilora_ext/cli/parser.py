@@ -57,14 +57,21 @@ def make_parser() -> argparse.ArgumentParser:
         "validation.csv (.jsonl). An interrupted run goes on with 'unilora finetune --resume FOLDER'. On several "
         "processes: torchrun --nproc-per-node N -m -- unilora_ext finetune ...",
     )
-    finetune.usage = "unilora finetune --model NAME --data FILE [option ...]\n       unilora finetune --resume FOLDER"
+    finetune.usage = (
+        "unilora finetune --model NAME --data FILE [option ...]\n"
+        "       unilora finetune --recipe NAME [option ...]\n"
+        "       unilora finetune --resume FOLDER"
+    )
     run = _add_settings(finetune)
     run.add_argument(
         "--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with the run in this folder, as it began"
     )
     run.add_argument("--overwrite", action="store_true", default=argparse.SUPPRESS, help="replace the run in --output")
 
-    evaluate = add("evaluate", "predict:evaluate", "accuracy or perplexity, and loss, of a saved adapter on rows")
+    recipes = add("recipes", "recipe:command", "the paper's experiments, for 'unilora finetune --recipe NAME'")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print all settings of this one, and their sources")
+
+    evaluate = add("evaluate", "predict:evaluate", "loss and figures of a saved adapter on rows")
     _add_adapter(evaluate)
     evaluate.add_argument(
         "--data", required=True, metavar="FILE", help="rows with text and label, or records, as in training"

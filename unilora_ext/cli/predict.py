@@ -1,4 +1,4 @@
-"""``unilora evaluate`` (either task) and ``unilora predict`` (classifiers): a saved adapter on rows or texts."""
+"""``unilora evaluate`` (any task) and ``unilora predict`` (encoders): a saved adapter on rows or texts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from unilora_ext.cli.data import Row, read_rows, read_table
 from unilora_ext.cli.errors import CliError, need
 from unilora_ext.cli.files import TextFormat, as_json, check_unicode
 from unilora_ext.cli.outputs import check_target, write
-from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION, check_task
+from unilora_ext.cli.settings import CAUSAL_LM, CLASSIFICATION, ENCODERS, REGRESSION, check_task
 
 __all__ = ["describe", "evaluate", "predict"]
 
@@ -25,16 +26,20 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def evaluate(arguments: Namespace) -> None:
-    """Prints the loss, and the accuracy or perplexity, to the last digit."""
+    """Prints the loss and the task's figures to the last digit."""
     need("transformers")
     facts = read(arguments.adapter).metadata
     (text, label), form = _columns(arguments, facts), TextFormat.of(arguments)
     if facts.get("task") == CAUSAL_LM:
         if arguments.label_column is not None:
-            raise CliError(f"--label-column: expected for {CLASSIFICATION} only, the adapter's task is {CAUSAL_LM}")
+            raise CliError(
+                f"--label-column: expected for {' or '.join(ENCODERS)} only, the adapter's task is {CAUSAL_LM}"
+            )
         rows = read_conversations(arguments.data, text, form=form)
     else:
-        rows = read_rows(arguments.data, text, label, facts.get("labels", ()), form)
+        numbers = facts.get("task") == REGRESSION
+        pair = facts.get("text_pair_column")
+        rows = read_rows(arguments.data, text, label, facts.get("labels", ()), form, pair, numbers)
     check_target(arguments.json, arguments.data)
 
     from unilora_ext.cli.tasks import load_on
@@ -53,13 +58,21 @@ def evaluate(arguments: Namespace) -> None:
 
 
 def predict(arguments: Namespace) -> None:
-    """Prints a label and its probability a line, or writes a file: what was read, and both in columns of their own."""
+    """Prints a label and its probability a line, or a number; or writes a file: what was read, and these in columns of
+    their own."""
     need("transformers")
     facts = read(arguments.adapter).metadata
-    check_task(arguments.adapter, facts, CLASSIFICATION, "unilora generate")
+    numbers = facts.get("task") == REGRESSION
+    task = facts["task"] if facts.get("task") in ENCODERS else CLASSIFICATION
+    check_task(arguments.adapter, facts, task, "unilora generate")
     if (arguments.text is None) == (arguments.data is None):
         got = "neither" if arguments.text is None else "both"
         raise CliError(f"--text, --data: expected one of them, got {got}")
+    if arguments.text is not None and facts.get("text_pair_column"):
+        raise CliError(
+            "--text: expected --data with the columns of both texts, the adapter was trained on pairs "
+            f"('{facts['text_column']}' and '{facts['text_pair_column']}')"
+        )
     output = arguments.output
     if output is not None and Path(output).suffix.lower() not in (*_DELIMITERS, ".jsonl"):
         raise CliError(
@@ -67,7 +80,8 @@ def predict(arguments: Namespace) -> None:
         )
     check_target(output, arguments.data, "--output")
     if arguments.data is not None:
-        rows, records = read_table(arguments.data, _columns(arguments, facts)[0], TextFormat.of(arguments))
+        text, pair = _columns(arguments, facts)[0], facts.get("text_pair_column")
+        rows, records = read_table(arguments.data, text, TextFormat.of(arguments), pair)
         taken = [name for name in ADDED if any(name in record for record in records)]
         if output is not None and taken:
             raise CliError(
@@ -88,17 +102,22 @@ def predict(arguments: Namespace) -> None:
 
     classifier, _ = load_on(arguments.adapter, arguments.model, arguments.device)
     classifier.ready(rows)
-    probabilities = logits(classifier, [row.text for row in rows]).softmax(-1)
-    best = probabilities.max(-1)
-    found = [(classifier.labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    values = logits(classifier, rows)
+    if numbers:
+        found = values.tolist()
+    else:
+        best = values.softmax(-1).max(-1)
+        found = [[classifier.labels[i], p] for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     if output is None:
-        for row, (label, probability) in zip(rows, found, strict=True):
-            print(f"{label}\t{probability:.4f}\t{' '.join(row.text.split())}")
+        for row, answer in zip(rows, found, strict=True):
+            shown = [value if isinstance(value, str) else f"{value:.4f}" for value in answer]
+            print("\t".join([*shown, *(" ".join(text.split()) for text in row.texts)]))
     else:
         records = [
-            {**record, **dict(zip(ADDED, pair, strict=True))} for record, pair in zip(records, found, strict=True)
+            {**record, **dict(zip(ADDED[: len(answer)], answer, strict=True))}
+            for record, answer in zip(records, found, strict=True)
         ]
-        write(output, _text(records, Path(output).suffix.lower()))
+        write(output, _text(records, Path(output).suffix.lower(), ADDED[: len(found[0])]))
         print(f"wrote {len(records):,} predictions to {output}")
 
 
@@ -120,13 +139,13 @@ def describe(counts: dict[str, int]) -> str:
     return "; ".join(parts)
 
 
-def _text(records: list[dict[str, Any]], ending: str) -> str:
-    """Content of a file of that ending."""
+def _text(records: list[dict[str, Any]], ending: str, added: Sequence[str]) -> str:
+    """Content of a file of that ending, with the columns `added` last."""
     if ending == ".jsonl":
         return "".join(as_json(record, indent=None) for record in records)
-    names = dict.fromkeys(name for record in records for name in record if name not in ADDED)
+    names = dict.fromkeys(name for record in records for name in record if name not in added)
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, [*names, *ADDED], restval="", delimiter=_DELIMITERS[ending])
+    writer = csv.DictWriter(file, [*names, *added], restval="", delimiter=_DELIMITERS[ending])
     writer.writeheader()
     writer.writerows({name: _field(value) for name, value in record.items()} for record in records)
     return file.getvalue()

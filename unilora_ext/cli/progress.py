@@ -120,7 +120,7 @@ class Progress(ProgressCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         value = metrics[f"eval_{self.criterion}"]
-        better = self.best is None or (value > self.best if self.criterion == "accuracy" else value < self.best)
+        better = self.best is None or (value < self.best if self.criterion == "loss" else value > self.best)
         self.best = value if better else self.best
         self.training_bar.clear()
         print(

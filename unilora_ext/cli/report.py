@@ -1,4 +1,4 @@
-"""The picture of a run: loss and accuracy or perplexity by epoch, and the adapter's size beside those of LoRA and of
+"""The picture of a run: loss and the run's figure by epoch, and the adapter's size beside those of LoRA and of
 the model."""
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ from typing import Any
 
 __all__ = ["draw", "picture"]
 
-_AXES = {"accuracy": "share of rows", "perplexity": "exp(mean cross-entropy of a token)"}
+_AXES = {
+    "accuracy": "share of rows",
+    "matthews": "correlation",
+    "pearson": "correlation",
+    "perplexity": "exp(mean cross-entropy of a token)",
+}
 _BLUE, _ORANGE, _GREY = "#1f77b4", "#ff7f0e", "#999999"
 
 
@@ -31,11 +36,11 @@ def picture(results: dict[str, Any]) -> Any:
     FigureCanvasAgg(figure)
     loss, middle, size = figure.subplots(1, 3)
     epochs = [entry["epoch"] for entry in results["epochs"]]
-    kind = "accuracy" if "validation_accuracy" in results["epochs"][0] else "perplexity"
+    kind = next(name for name in _AXES if f"validation_{name}" in results["epochs"][0])
 
     for key, label, color in (("train_loss", "training", _GREY), ("validation_loss", "validation", _BLUE)):
         loss.plot(epochs, [entry[key] for entry in results["epochs"]], "o-", color=color, label=label)
-    loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
+    loss.set(title="Loss", xlabel="epoch", ylabel="squared error" if kind == "pearson" else "cross-entropy")
     losses = [entry[key] for entry in results["epochs"] for key in ("train_loss", "validation_loss")]
     values = [entry[f"validation_{kind}"] for entry in results["epochs"]]
     middle.plot(epochs, values, "o-", color=_BLUE, label="validation", clip_on=False)  # a mark at 1 stays whole
@@ -55,7 +60,8 @@ def picture(results: dict[str, Any]) -> Any:
     middle.set_title(kind.capitalize(), pad=10)
     middle.set(xlabel="epoch", ylabel=_AXES[kind])
     loss.set_ylim(*_limits(losses))
-    middle.set_ylim(*_limits(values, 1.0 if kind == "accuracy" else math.inf))
+    least, most = {"accuracy": (0.0, 1.0), "perplexity": (0.0, math.inf)}.get(kind, (-1.0, 1.0))
+    middle.set_ylim(*_limits(values, least, most))
     for axes in (loss, middle):
         axes.legend()
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
@@ -76,12 +82,12 @@ def picture(results: dict[str, Any]) -> Any:
     return figure
 
 
-def _limits(values: Sequence[float], most: float = math.inf) -> tuple[float, float]:
-    """Of an axis: around the finite values, within 0 and `most`."""
+def _limits(values: Sequence[float], least: float = 0.0, most: float = math.inf) -> tuple[float, float]:
+    """Of an axis: around the finite values, within `least` and `most`."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     margin = max(0.1 * (high - low), 0.05 * abs(high), 0.01)
-    return max(0.0, low - margin), min(high + margin, most)
+    return max(least, low - margin), min(high + margin, most)
 
 
 def _bytes(count: int) -> str:

@@ -74,8 +74,8 @@ class Shares(Sampler[list[int]]):
                 yield step[first :: processes * self.parts] or [self.blank]
 
 
-def blank(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def blank(examples: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
     """The shortest example with nothing to learn in it."""
-    shortest = min(examples, key=lambda example: len(example["input_ids"]))
+    shortest = examples[lengths.index(min(lengths))]
     labels = shortest["labels"]
-    return {**shortest, "labels": IGNORED if isinstance(labels, int) else [IGNORED] * len(labels)}
+    return {**shortest, "labels": IGNORED if isinstance(labels, (int, float)) else [IGNORED] * len(labels)}

@@ -16,7 +16,10 @@ from unilora_ext.family import FAMILY
 __all__ = [
     "CAUSAL_LM",
     "CLASSIFICATION",
+    "ENCODERS",
     "ENCODING_HELP",
+    "IMAGES",
+    "REGRESSION",
     "SEPARATOR_HELP",
     "Settings",
     "check_task",
@@ -30,7 +33,17 @@ ENCODING_HELP = "text encoding of the data files, such as cp1252, latin-1 or utf
 SEPARATOR_HELP = (
     "what separates the fields in .csv and .tsv files: a character, or tab (without it, a comma, and a tab in .tsv)"
 )
-CLASSIFICATION, CAUSAL_LM = "sequence-classification", "causal-lm"
+CLASSIFICATION, REGRESSION, CAUSAL_LM = "sequence-classification", "sequence-regression", "causal-lm"
+IMAGES = "image-classification"
+ENCODERS = (CLASSIFICATION, REGRESSION, IMAGES)
+"""The tasks of an encoder with a head: rows of a text, or two, or of an image, and a label."""
+FIGURES = {
+    CLASSIFICATION: ("accuracy", "matthews"),
+    REGRESSION: ("pearson",),
+    IMAGES: ("accuracy", "matthews"),
+    CAUSAL_LM: (),
+}
+"""What ``--best`` takes for each task, beside the loss."""
 
 
 def _option(
@@ -39,11 +52,11 @@ def _option(
     text: str,
     expected: str = "",
     good: Callable[[Any], bool] = lambda _: True,
-    task: str | None = None,
+    tasks: tuple[str, ...] | None = None,
 ) -> Any:
-    """One setting: its default, type, help text, the condition a value must meet with its wording, and the only task
-    that has it."""
-    metadata = {"kind": kind, "help": text, "expected": expected, "good": good, "task": task}
+    """One setting: its default, type, help text, the condition a value must meet with its wording, and the only tasks
+    that have it."""
+    metadata = {"kind": kind, "help": text, "expected": expected, "good": good, "tasks": tasks}
     return field(default=default, metadata=metadata)
 
 
@@ -58,6 +71,7 @@ def _positive(kind: str = "a number") -> dict[str, Any]:
 # AdamW divides it by 1 - beta1 before it becomes a float32.
 _RATE = {"expected": "a number in (0, 1e30]", "good": lambda v: 0 < v <= 1e30}
 _COUNT = {"expected": "an integer >= 1", "good": lambda v: v >= 1}
+_NOT_NEGATIVE = {"expected": "a number >= 0", "good": lambda v: 0 <= v < float("inf")}
 _FRACTION = {"expected": "a number in [0, 1)", "good": lambda v: 0 <= v < 1}
 
 
@@ -86,12 +100,29 @@ class Settings:
         "a file",
         bool,
     )
-    task: str = _option(CLASSIFICATION, str, f"{CLASSIFICATION} or {CAUSAL_LM}", **_one_of(CLASSIFICATION, CAUSAL_LM))
+    task: str = _option(
+        CLASSIFICATION, str, f"{CLASSIFICATION}, {REGRESSION}, {IMAGES} or {CAUSAL_LM}", **_one_of(*FIGURES)
+    )
+    recipe: str | None = _option(
+        None, str, "a published experiment, whose settings are the defaults then: 'unilora recipes' lists them"
+    )
     output: str = _option("unilora-run", str, "folder of the run", "a folder name", bool)
     validation: str | None = _option(None, str, "validation rows (without it, a part of --data)")
     test: str | None = _option(None, str, "test rows, scored once at the end with the best adapter")
-    text_column: str = _option("text", str, "name of the text column", "a name", bool)
-    label_column: str = _option("label", str, "name of the label column", "a name", bool, CLASSIFICATION)
+    text_column: str = _option(
+        "text", str, "name of the text column; to classify images, of their files' names", "a name", bool
+    )
+    text_pair_column: str | None = _option(
+        None,
+        str,
+        "name of a second text's column, where a row is a pair of sentences",
+        "a name",
+        bool,
+        (CLASSIFICATION, REGRESSION),
+    )
+    label_column: str = _option(
+        "label", str, "name of the label column: classes, or numbers to regress on", "a name", bool, ENCODERS
+    )
     encoding: str = _option("utf-8", str, ENCODING_HELP, "a name", bool)
     separator: str | None = _option(None, str, SEPARATOR_HELP)
     validation_fraction: float = _option(
@@ -120,13 +151,18 @@ class Settings:
         "of a projection keep their ratio to it",
         **_RATE,
     )
-    lr_head: float = _option(0.002, float, "peak learning rate of the classifier head", **_RATE, task=CLASSIFICATION)
+    lr_head: float = _option(0.002, float, "peak learning rate of the head", **_RATE, tasks=ENCODERS)
     weight_decay: float = _option(
         0.0,
         float,
         "weight decay of theta_d and of the head's matrices",
-        "a number >= 0",
-        lambda v: 0 <= v < float("inf"),
+        **_NOT_NEGATIVE,
+    )
+    weight_decay_head: float | None = _option(
+        None, float, "weight decay of the head's matrices (without it, --weight-decay)", **_NOT_NEGATIVE, tasks=ENCODERS
+    )
+    max_grad_norm: float = _option(
+        1.0, float, "longest gradient of a step, which is shortened to it; 0: any", **_NOT_NEGATIVE
     )
     warmup: float = _option(0.06, float, "share of the steps in which the learning rates rise from 0", **_FRACTION)
     schedule: str = _option(
@@ -162,15 +198,23 @@ class Settings:
     best: str = _option(
         "loss",
         str,
-        "validation figure that tells the best epoch: loss or accuracy",
-        **_one_of("loss", "accuracy"),
+        "validation figure that tells the best epoch: loss, and to classify accuracy or matthews (the correlation), to "
+        "regress pearson",
+        **_one_of("loss", "accuracy", "matthews", "pearson"),
     )
     dtype: str = _option(
         "float32",
         str,
         "number format of the frozen weights: float32 or bfloat16",
         **_one_of("float32", "bfloat16"),
-        task=CAUSAL_LM,
+        tasks=(CAUSAL_LM,),
+    )
+    quantization: str = _option(
+        "none",
+        str,
+        "of the frozen linear layers: none, or nf4 (4 bits, their scales too; needs bitsandbytes)",
+        **_one_of("none", "nf4"),
+        tasks=(CAUSAL_LM,),
     )
     gradient_checkpointing: bool = _option(
         False, bool, "recompute activations in the backward pass: less memory, more time, the same step"
@@ -188,10 +232,17 @@ class Settings:
             if not meta["good"](value):
                 got = repr(value) if value != "" else "nothing"
                 raise CliError(f"{option_name(spec.name)}: expected {meta['expected']}, got {got}")
-            if meta["task"] not in (None, self.task) and value != spec.default:
-                raise CliError(f"{option_name(spec.name)}: expected with --task {meta['task']} only, got {self.task}")
-        if self.task == CAUSAL_LM and self.best != "loss":
-            raise CliError(f"--best: expected loss with --task {CAUSAL_LM}, got {self.best}")
+            if self.task not in (meta["tasks"] or (self.task,)) and value != spec.default:
+                tasks = " or ".join(meta["tasks"])
+                raise CliError(f"{option_name(spec.name)}: expected with --task {tasks} only, got {self.task}")
+        figures = ("loss", *FIGURES[self.task])
+        if self.best not in figures:
+            raise CliError(f"--best: expected {' or '.join(figures)} with --task {self.task}, got {self.best}")
+        columns = [self.text_column, self.text_pair_column, self.label_column]
+        if self.task in ENCODERS and len(set(columns)) < 3:
+            raise CliError(
+                f"--text-column, --text-pair-column, --label-column: expected different names, got {columns}"
+            )
         _ = self.form  # which checks itself
 
     def absolute(self) -> Settings:

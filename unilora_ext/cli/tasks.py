@@ -11,11 +11,13 @@ from unilora_ext.cli.base import base_digest
 from unilora_ext.cli.classifier import Classifier
 from unilora_ext.cli.decoder import Decoder
 from unilora_ext.cli.errors import CliError
+from unilora_ext.cli.images import ImageClassifier
 from unilora_ext.cli.model import TaskModel, device_of
+from unilora_ext.cli.regressor import Regressor
 
 __all__ = ["TASKS", "load_on", "load_task_model"]
 
-TASKS: dict[str, type[TaskModel]] = {kind.task: kind for kind in (Classifier, Decoder)}
+TASKS: dict[str, type[TaskModel]] = {kind.task: kind for kind in (Classifier, Regressor, ImageClassifier, Decoder)}
 
 
 def load_task_model(folder: str | Path, base: str | None = None) -> tuple[TaskModel, ul.AdapterFile]:

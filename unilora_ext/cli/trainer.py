@@ -56,19 +56,21 @@ class AdapterTrainer(Trainer):
         folder: Path,
     ) -> None:
         self.task, self.settings, self.validation = task, settings, validation
+        self.figure = task.figure if settings.best == "loss" else settings.best
         self.adapter_metadata, self.adapter_folder, self.checkpoint_folder = metadata, adapter_folder, folder
         examples = task.examples(training)
+        self.lengths = [task.length(example) for example in examples]
         self.steps_an_epoch = -(-len(examples) // settings.batch_size)
         super().__init__(
             model=task.model,
             args=training_arguments(settings, folder, self.steps_an_epoch * settings.epochs),
-            train_dataset=[*examples, blank(examples)],
+            train_dataset=[*examples, blank(examples, self.lengths)],
             eval_dataset=list(validation),
             data_collator=task.collator(),
         )
         self.model_accepts_loss_kwargs = True  # so that the labels of a step are counted, for compute_loss() below
         self.remove_callback(PrinterCallback)
-        self.progress = Progress(self.steps_an_epoch, settings.epochs, settings.best, task.figure, task.speed_unit)
+        self.progress = Progress(self.steps_an_epoch, settings.epochs, settings.best, self.figure, task.speed_unit)
         self.add_callback(self.progress)
         self.add_callback(_SaveBetweenEpochs(settings.save_steps, self.steps_an_epoch))
         self.loss_sum, self.loss_rows = 0.0, 0  # of the epoch, in this process; the sums are kept in each checkpoint
@@ -82,6 +84,7 @@ class AdapterTrainer(Trainer):
             adapter, settings = self.task.adapter, self.settings
             trained, rates = adapter.trained, learning_rates(settings, adapter)
             own = {id(parameter) for parameter in trained.values()}
+            decay = settings.weight_decay if settings.weight_decay_head is None else settings.weight_decay_head
             head = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
             groups = [
                 *(
@@ -91,7 +94,7 @@ class AdapterTrainer(Trainer):
                 {
                     "params": [p for p in head if p.ndim > 1],
                     "lr": settings.lr_head,
-                    "weight_decay": settings.weight_decay,
+                    "weight_decay": decay,
                 },
                 {"params": [p for p in head if p.ndim <= 1], "lr": settings.lr_head, "weight_decay": 0.0},
             ]
@@ -101,16 +104,15 @@ class AdapterTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's share of each step."""
-        lengths = [len(example["input_ids"]) for example in self.train_dataset[:-1]]
         order = LengthSampler(
-            lengths,
+            self.lengths,
             self.settings.batch_size,
             self.settings.seed,
             lambda: self.state.global_step // self.steps_an_epoch,
         )
         return DataLoader(
             self.train_dataset,
-            batch_sampler=Shares(order, self.settings.gradient_accumulation, blank=len(lengths)),
+            batch_sampler=Shares(order, self.settings.gradient_accumulation, blank=len(self.lengths)),
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -146,7 +148,8 @@ class AdapterTrainer(Trainer):
     @staticmethod
     def _tokens(inputs: dict[str, Any]) -> int:
         mask = inputs.get("attention_mask")
-        return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        counted = inputs.get("input_ids", inputs["labels"])  # an image counts as one
+        return counted.numel() if mask is None else int(mask.sum())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores the validation rows as ``unilora evaluate`` does, each process a part of them."""
@@ -156,7 +159,7 @@ class AdapterTrainer(Trainer):
         if not math.isfinite(result.loss):
             raise self._diverged("validation loss", result.loss)
         metrics = {
-            f"eval_{self.task.figure}": getattr(result, self.task.figure),
+            f"eval_{self.figure}": getattr(result, self.figure),
             "eval_loss": result.loss,
             "train_loss": loss_sum / loss_rows,
             **({"eval_d": self.task.adapter.config.d} if self.settings.d == growth.AUTO else {}),
@@ -179,7 +182,7 @@ class AdapterTrainer(Trainer):
     @property
     def epochs(self) -> list[dict[str, Any]]:
         """Losses, figure and, where it grows, d of each finished epoch; restored by a resume."""
-        figure = self.task.figure
+        figure = self.figure
         return [
             {
                 "epoch": round(entry["epoch"]),
@@ -261,13 +264,14 @@ def training_arguments(settings: Settings, folder: Path, steps: int) -> Training
         ddp_find_unused_parameters=False,  # theta_d and the head take part in every forward pass
         num_train_epochs=settings.epochs,
         optim="adamw_torch",
+        max_grad_norm=settings.max_grad_norm,
         lr_scheduler_type=schedules[settings.schedule],
         warmup_steps=math.ceil(settings.warmup * steps),
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="no",  # losses are kept by the epoch, and shown by the progress bar
         metric_for_best_model=settings.best,
-        greater_is_better=settings.best == "accuracy",
+        greater_is_better=settings.best != "loss",
         seed=settings.seed,
         use_cpu=device_of(settings.device).type == "cpu",
         report_to="none",

@@ -16,12 +16,12 @@ import transformers
 import unilora_ext as ul
 from unilora_ext.cli import advice, checkpoints, distributed, growth, report, sizes
 from unilora_ext.cli.base import check_known
-from unilora_ext.cli.data import RunData, label_entropy
+from unilora_ext.cli.data import RunData, label_entropy, label_variance
 from unilora_ext.cli.errors import CliError
 from unilora_ext.cli.files import as_json, encoded
 from unilora_ext.cli.model import Score, TaskModel, device_of, learning_rates
 from unilora_ext.cli.predict import describe
-from unilora_ext.cli.settings import CAUSAL_LM, Settings
+from unilora_ext.cli.settings import CAUSAL_LM, IMAGES, REGRESSION, Settings
 from unilora_ext.cli.tasks import TASKS
 from unilora_ext.cli.trainer import AdapterTrainer
 from unilora_ext.files import replace_file
@@ -45,9 +45,9 @@ def prepare(settings: Settings, rows: RunData) -> tuple[TaskModel, RunData]:
     if settings.gradient_checkpointing and not getattr(task.model, "supports_gradient_checkpointing", False):
         raise CliError(f"--gradient-checkpointing: {type(task.model).__name__} does not offer it")
     ready = {name: task.ready(part) for name in ("training", "validation", "test") if (part := getattr(rows, name))}
-    check_known(
-        settings.data, task.tokenizer, [example["input_ids"] for example in task.examples(ready["training"][0])]
-    )
+    if settings.task != IMAGES:
+        texts = [example["input_ids"] for example in task.examples(ready["training"][0])]
+        check_known(settings.data, task.tokenizer, texts)
     counts = {name: counted for name, (_, counted) in ready.items() if counted}
     return task, replace(rows, **{name: part for name, (part, _) in ready.items()}, counts=counts)
 
@@ -123,7 +123,8 @@ def train(settings: Settings, task: TaskModel, rows: RunData, output: Path, star
     if settings.task == CAUSAL_LM:
         start, end = before["validation"].loss, scores["validation"].loss
     else:
-        start, end = label_entropy(rows.training), trainer.epochs[-1]["train_loss"]
+        guess = label_variance if settings.task == REGRESSION else label_entropy
+        start, end = guess(rows.training), trainer.epochs[-1]["train_loss"]
     _warn(advice.hardly_learnt(settings.task, start, end, trainer.steps_an_epoch, settings.epochs))
     return metrics
 
