@@ -19,7 +19,7 @@ from unilora_ext.cli.model import Score, TaskModel, attach, first_line, quiet_ba
 from unilora_ext.cli.packages import model_path
 from unilora_ext.cli.settings import CLASSIFICATION, Settings
 
-__all__ = ["Classifier", "default_targets", "head_options", "logits", "mean_pooled", "plain_model", "trained_whole"]
+__all__ = ["Classifier", "default_targets", "logits", "mean_pooled", "plain_model", "with_head"]
 
 EVALUATION_BATCH = 32
 DEFAULT_MAX_LENGTH = 128
@@ -142,29 +142,11 @@ def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tup
     """(model, tokenizer, modules to train whole, max_length) of a base model with a head for `labels`, or where
     there are none for a number.
 
-    Trained whole are the head (all outside ``base_model``) and whatever the base model's files have no weights for:
-    those start at random, and only saving them makes the adapter complete.
-
     Raises:
         CliError: the model cannot be loaded or does not fit the task; the message says what is missing.
     """
-    path = model_path(base)
-    check_base(path)
-    with quiet_bars():
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                path,
-                **head_options(labels),
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        except Exception as error:  # Transformers and safetensors raise of every kind for files that do not fit
-            raise CliError(
-                f"--model {base}: expected a Transformers encoder for sequence classification with its tokenizer; "
-                f"loading it failed: {first_line(error)}{or_a_copy(path)}"
-            ) from error
+    readers = transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer
+    model, tokenizer, whole = with_head(base, labels, *readers, "sequence classification with its tokenizer")
     check_tokenizer(base, tokenizer)
     if tokenizer.pad_token is None:
         raise CliError(f"--model {base}: expected a tokenizer with a padding token, got one without")
@@ -174,10 +156,47 @@ def plain_model(base: str, labels: Sequence[str], max_length: int | None) -> tup
         max_length = min(DEFAULT_MAX_LENGTH, limit)
     elif max_length > limit:
         raise CliError(f"--max-length: expected at most {limit}, the longest input of {base}; got {max_length}")
-    return model, tokenizer, trained_whole(model, info), max_length
+    return model, tokenizer, whole, max_length
 
 
-def head_options(labels: Sequence[str]) -> dict[str, Any]:
+def with_head(
+    base: str, labels: Sequence[str], model_reader: Any, input_reader: Any, what: str
+) -> tuple[Any, Any, list[str]]:
+    """(model, what prepares its inputs, modules to train whole) of a base model with a head for `labels`.
+
+    Trained whole are the head (all outside ``base_model``) and whatever the base model's files have no weights for:
+    those start at random, and only saving them makes the adapter complete.
+
+    Args:
+        base: folder, hub name or package.
+        labels: none: the head says a number.
+        model_reader, input_reader: Transformers' auto classes.
+        what: what is expected, for the message.
+
+    Raises:
+        CliError: either cannot be loaded.
+    """
+    path = model_path(base)
+    check_base(path)
+    with quiet_bars():
+        try:
+            inputs = input_reader.from_pretrained(path)
+            model, info = model_reader.from_pretrained(
+                path,
+                **_head_options(labels),
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # Transformers and safetensors raise of every kind for files that do not fit
+            raise CliError(
+                f"--model {base}: expected a Transformers encoder for {what}; "
+                f"loading it failed: {first_line(error)}{or_a_copy(path)}"
+            ) from error
+    return model, inputs, _trained_whole(model, info)
+
+
+def _head_options(labels: Sequence[str]) -> dict[str, Any]:
     """What the model's configuration says of its head."""
     if not labels:
         return {"num_labels": 1, "problem_type": "regression"}
@@ -189,7 +208,7 @@ def head_options(labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def trained_whole(model: Any, info: dict[str, Any]) -> list[str]:
+def _trained_whole(model: Any, info: dict[str, Any]) -> list[str]:
     """Names of the head, and of what the model's files have no weights for (`info`, of its loading)."""
     parts = [(name, part) for name, part in model.named_children() if part is not model.base_model]
     head = [name for name, part in parts if next(part.parameters(), None) is not None]

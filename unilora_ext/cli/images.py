@@ -9,12 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from unilora_ext.cli.base import check_base, or_a_copy
-from unilora_ext.cli.classifier import Classifier, default_targets, head_options, trained_whole
+from unilora_ext.cli.classifier import Classifier, default_targets, with_head
 from unilora_ext.cli.data import Row
 from unilora_ext.cli.errors import CliError, need
-from unilora_ext.cli.model import attach, first_line, quiet_bars
-from unilora_ext.cli.packages import model_path
+from unilora_ext.cli.model import attach, first_line
 from unilora_ext.cli.settings import IMAGES, Settings
 
 __all__ = ["ImageClassifier"]
@@ -86,21 +84,5 @@ def _vision_model(base: str, labels: Sequence[str]) -> tuple[Any, Any, list[str]
         CliError: the model cannot be loaded or does not fit the task.
     """
     need("PIL")
-    path = model_path(base)
-    check_base(path)
-    with quiet_bars():
-        try:
-            processor = transformers.AutoImageProcessor.from_pretrained(path)
-            model, info = transformers.AutoModelForImageClassification.from_pretrained(
-                path,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **head_options(labels),
-            )
-        except Exception as error:  # Transformers and safetensors raise of every kind for files that do not fit
-            raise CliError(
-                f"--model {base}: expected a Transformers encoder for image classification with its image processor; "
-                f"loading it failed: {first_line(error)}{or_a_copy(path)}"
-            ) from error
-    return model, processor, trained_whole(model, info)
+    readers = transformers.AutoModelForImageClassification, transformers.AutoImageProcessor
+    return with_head(base, labels, *readers, "image classification with its image processor")
