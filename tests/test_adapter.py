@@ -326,13 +326,17 @@ def test_transformer_encoder_layer_in_evaluation():
     torch.testing.assert_close(adapted, model(x.requires_grad_()).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_default_d_is_the_papers_ratio(caplog):
+def test_default_d_is_the_papers_ratio_but_in_small_models(caplog):
     adapter = ul.attach(Tower(width=64, hidden=200), config(d=None))
     D, d = adapter.projection.D, adapter.projection.d
-    assert 17 <= D / d <= 19 and d == ul.default_d(D) == adapter.config.d
+    assert 4 <= D / d <= 5 and d == ul.default_d(D) == adapter.config.d
     assert f"taking d = {d} for D = {D}" in caplog.text
-    assert 17 <= 393216 / ul.default_d(393216) <= 19 and ul.default_d(393216) % 1024 == 0
-    assert ul.default_d(1) == 1
+    for D in (73_728, 147_456, 393_216, 9_994_240):
+        assert 17 <= D / ul.default_d(D) <= 19 and ul.default_d(D) % 1024 == 0
+    assert [ul.default_d(D) for D in (16_384, 36_864, 69_632)] == [4096] * 3
+    for D in range(1, 80_000, 7):
+        d = ul.default_d(D)
+        assert 1 <= d <= D and (d >= 4096 or 4 <= D / d <= 5 or D < 20)
 
 
 def test_modules_to_save_are_trained_and_nothing_inside_is_adapted():

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-LENGTHS = [112, 448, 1792]  # of D = 32,768 at r = 128
+LENGTHS = [64, 256, 1024]  # of D = 4,096 at r = 16
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 def arguments(data, output, validation, *more):
     command = f"finetune --model {data}/tiny --data {data}/rows.csv --validation {data}/{validation} --output {output} "
-    return [*(command + "--d auto --r 128 --lr-head 0.02 --batch-size 8").split(), *more]
+    return [*(command + "--d auto --r 16 --lr-head 0.02 --batch-size 8").split(), *more]
 
 
 def results(output):
@@ -72,12 +72,12 @@ def test_the_best_adapter_has_the_d_that_it_was_best_with(stalled):
 def test_says_so_and_moves_theta_D_as_before(data, tmp_path, capsys):
     assert main(arguments(data, tmp_path / "run", "wrong.csv", "--epochs", "3", "--schedule", "constant")) == 0
     out = capsys.readouterr().out
-    assert "from d = 112 that may grow to 1,792" in out
-    assert "validation loss has not improved: d 112 -> 448" in out
+    assert "from d = 64 that may grow to 1,024" in out
+    assert "validation loss has not improved: d 64 -> 256" in out
     (last,) = [path for path in (tmp_path / "run/checkpoints").iterdir() if path.name == "checkpoint-75"]
     state = torch.load(last / "optimizer.pt", weights_only=True)["param_groups"][0]
-    D, d = 32_768, results(tmp_path / "run")["epochs"][-1]["d"]
-    assert d > 112 and state["lr"] == pytest.approx(2 / 128 * sqrt(D / d)) == pytest.approx(state["initial_lr"])
+    D, d = 4_096, results(tmp_path / "run")["epochs"][-1]["d"]
+    assert d > 64 and state["lr"] == pytest.approx(2 / 128 * sqrt(D / d)) == pytest.approx(state["initial_lr"])
 
 
 def test_does_not_grow_while_validation_improves(data, tmp_path):

@@ -208,9 +208,9 @@ def test_longest_input(config, limit):
     assert _positions(model) == limit
 
 
-@pytest.mark.parametrize(("hidden", "layers", "d"), [(32, 2, 56), (384, 6, 2048), (1024, 24, 22528)])
+@pytest.mark.parametrize(("hidden", "layers", "d"), [(32, 2, 256), (384, 6, 4096), (1024, 24, 22528)])
 def test_default_d(hidden, layers, d, monkeypatch):
-    """The paper's ratio, as of UniLoRAConfig."""
+    """That of UniLoRAConfig."""
     from unilora_ext.cli import classifier
     from unilora_ext.cli.settings import Settings
 

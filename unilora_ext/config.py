@@ -15,13 +15,24 @@ from unilora_ext.projections.base import Weights
 
 __all__ = ["UniLoRAConfig", "default_d", "make_projection", "size_of"]
 
-# D / d in the paper: 17.1 for RoBERTa-large, 19.1 for Llama2-7B.
-_RATIOS = (17, 19)
+# D / d in the paper: 17.1 for RoBERTa-large, 19.1 for Llama2-7B. Small models lose a point or two by it, for the sake of
+# a few kB (docs/quality.md).
+_RATIOS, _SMALL_RATIOS = (17, 19), (4, 5)
+_FEW = 4096
 
 
 def default_d(D: int) -> int:
-    """The roundest d (highest power of two as a divisor) with D / d between 17 and 19, the paper's ratios."""
-    low, high = -(-D // _RATIOS[1]), D // _RATIOS[0]
+    """The d that is taken where none is given: the roundest one (highest power of two as a divisor) with D / d between
+    17 and 19, the paper's ratios; at least 4,096, where that is at most a fourth of D, and for a smaller D the roundest
+    one with D / d between 4 and 5."""
+    if D <= _FEW * _SMALL_RATIOS[0]:
+        return _roundest(D, *_SMALL_RATIOS)
+    return max(_roundest(D, *_RATIOS), _FEW)
+
+
+def _roundest(D: int, least: int, most: int) -> int:
+    """The roundest d with D / d in [least, most]."""
+    low, high = -(-D // most), D // least
     if low > high:  # D too small for an integer in between
         return max(1, low)
     step = 1 << high.bit_length()
@@ -36,7 +47,7 @@ class UniLoRAConfig:
 
     Attributes:
         r: rank of every B_l A_l.
-        d: length of theta_d; None: what the sizes give, or the paper's ratio, see :func:`default_d`.
+        d: length of theta_d; None: what the sizes give, or an 18th of D but at least 4,096, see :func:`default_d`.
         target_modules: which layers are adapted (linear ones, embeddings, convolutions, stacked experts): a list of
             names or name endings (``["query", "value"]``), a regular expression that must match the whole module name,
             or ``"all-linear"`` (every linear layer but the output head and those that are known to be read and not

@@ -29,7 +29,7 @@ class UniLoRALinear(FusedLayer, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         r: rank.
-        d: length of theta_d; None: the paper's ratio D / d, D = (in_features + out_features) r.
+        d: length of theta_d; None: :func:`default_d` of D = (in_features + out_features) r.
         projection: a name, as in :class:`~unilora_ext.UniLoRAConfig`, or a
             :class:`~unilora_ext.projections.Projection` of D rows.
         seed: of the projection.

@@ -127,6 +127,16 @@ def series(rows: Rows, question: str, axis: str) -> Iterator[str]:
     return _table(f"task | {axis} | D / d | rate | accuracy % | over LoRA", *lines)
 
 
+def heldout(rows: Rows) -> Iterator[str]:
+    """The defaults beside the best of a grid."""
+    lines = []
+    for answer in answers(rows, "heldout"):
+        what = "default" if len(answer.choice.rates) == 1 else "best of five"
+        loss = answer.mean("test_loss")
+        lines.append([what, _rate(answer), f"{loss.value:.4f} ± {loss.error:.4f}", answer.mean().percent()])
+    return _table("rate | learning rate | test loss | accuracy of the next token %", *lines)
+
+
 def growing(rows: Rows) -> Iterator[str]:
     """theta_d that grows, beside those that do not."""
     lines = []
@@ -161,6 +171,7 @@ TABLES = {
     "quality lengths": partial(series, question="lengths", axis="d"),
     "quality ranks": partial(series, question="ranks", axis="r"),
     "quality growing": growing,
+    "quality heldout": heldout,
     "quality cost": cost,
 }
 

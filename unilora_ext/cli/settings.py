@@ -172,7 +172,7 @@ class Settings:
     d: int | str | None = _option(
         None,
         _length,
-        "length of theta_d, the trained vector (without it, the paper's ratio: about an 18th of the LoRA values); auto "
+        "length of theta_d, the trained vector (without it, an 18th of the LoRA values, but at least 4,096); auto "
         "begins with up to 64 times less, and grows fourfold after an epoch that did not improve on the best",
         "an integer >= 1, or auto",
         lambda v: v == "auto" or (isinstance(v, int) and v >= 1),
