@@ -15,8 +15,8 @@ from unilora_ext.projections.base import Weights
 
 __all__ = ["UniLoRAConfig", "default_d", "make_projection", "size_of"]
 
-# D / d in the paper: 17.1 for RoBERTa-large, 19.1 for Llama2-7B. Small models lose a point or two by it, for the sake of
-# a few kB (docs/quality.md).
+# D / d in the paper: 17.1 for RoBERTa-large, 19.1 for Llama2-7B. Small models lose a point by it, for the sake of a few
+# kB (docs/quality.md).
 _RATIOS, _SMALL_RATIOS = (17, 19), (4, 5)
 _FEW = 4096
 
@@ -25,7 +25,7 @@ def default_d(D: int) -> int:
     """The d that is taken where none is given: the roundest one (highest power of two as a divisor) with D / d between
     17 and 19, the paper's ratios; at least 4,096, where that is at most a fourth of D, and for a smaller D the roundest
     one with D / d between 4 and 5."""
-    if D <= _FEW * _SMALL_RATIOS[0]:
+    if D // _SMALL_RATIOS[0] <= _FEW:
         return _roundest(D, *_SMALL_RATIOS)
     return max(_roundest(D, *_RATIOS), _FEW)
 
