@@ -14,7 +14,7 @@ import unilora_ext as ul
 from unilora_ext.family import FAMILY
 
 HEAVY = ("torch", "numpy", "transformers", "safetensors", "unilora_ext._C")
-COMMANDS = ["finetune", "evaluate", "predict", "generate", "inspect", "merge", "export", "properties"]
+COMMANDS = ["finetune", "recipes", "evaluate", "predict", "generate", "inspect", "merge", "export", "properties"]
 COMMANDS += ["info", "bench", "demo"]
 
 
